@@ -1,0 +1,212 @@
+// The maths of one row of logits, once, for host and device.
+//
+// A row x of C logits with label y is cross-entropy against a distribution q:
+//     loss = w * (logsumexp(x) - <q, x>),      d loss / d x = w * (softmax(x) - q)
+// where q is one-hot at y for an inlier and uniform for an outlier (Hendrycks et al., "Deep Anomaly
+// Detection with Outlier Exposure", ICLR 2019, arXiv 1812.04606), and w is 1 or alpha.
+//
+// Everything is written in logits that are shifted by the row's maximum, and the logarithm of the
+// sum is added last: with an offset of 1e4 in float32, logsumexp(x) - mean(x) is off by 1e-3.
+#pragma once
+
+#include <c10/macros/Macros.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace oe_ext {
+
+enum class Reduction : int8_t { kNone, kSum, kMean, kGroupMean };
+
+enum class RowKind : int8_t { kInlier, kOutlier, kIgnored, kInvalid };
+
+// What a label means. ignore_index is looked at first; ood_index replaces "negative" as the mark of
+// an outlier.
+struct LabelRule {
+  int64_t num_classes = 0;
+  int64_t ignore_index = 0;
+  int64_t ood_index = 0;
+  bool has_ignore_index = false;
+  bool has_ood_index = false;
+
+  C10_HOST_DEVICE RowKind kind(int64_t label) const {
+    if (has_ignore_index && label == ignore_index) {
+      return RowKind::kIgnored;
+    }
+    if (has_ood_index ? label == ood_index : label < 0) {
+      return RowKind::kOutlier;
+    }
+    return label >= 0 && label < num_classes ? RowKind::kInlier : RowKind::kInvalid;
+  }
+};
+
+// Terms that are summed before they join the sum of their row: the error of a sum of C terms then
+// grows with kClassBlock + C / kClassBlock, not with C.
+constexpr int64_t kClassBlock = 128;
+
+// The statistics of a row, or of any part of one; parts merge in any order.
+//
+// The maximum starts at the lowest finite number, not at -inf, so that a -inf logit needs no case
+// of its own: it adds exp(-inf) = 0 to sum_exp and -inf to sum_shifted. A +inf or NaN logit, and a
+// row of nothing but -inf, end as NaN: their softmax does not exist.
+template <typename acc_t>
+struct RowStats {
+  acc_t max = std::numeric_limits<acc_t>::lowest();
+  acc_t sum_exp = 0;      // sum of exp(x - max)
+  acc_t sum_shifted = 0;  // sum of x - max
+  acc_t count = 0;        // how many logits the sums hold
+
+  // Empty sums that start from a maximum that is known already.
+  C10_HOST_DEVICE static RowStats below(acc_t max) {
+    RowStats stats;
+    stats.max = max;
+    return stats;
+  }
+
+  // False for a NaN, which reaches the sums instead.
+  C10_HOST_DEVICE bool raised_by(acc_t x) const { return x > max; }
+
+  // Moves the sums to a new maximum, which must not be below the old one.
+  C10_HOST_DEVICE void raise_max(acc_t new_max) {
+    sum_exp *= std::exp(max - new_max);
+    if (count > 0) {  // 0 * (lowest - new_max) may be 0 * -inf
+      sum_shifted += count * (max - new_max);
+    }
+    max = new_max;
+  }
+
+  // Adds a logit that is not above max.
+  C10_HOST_DEVICE void add(acc_t x) {
+    const acc_t shifted = x - max;
+    sum_exp += std::exp(shifted);
+    sum_shifted += shifted;
+    count += 1;
+  }
+
+  // Adds any logit.
+  C10_HOST_DEVICE void push(acc_t x) {
+    if (raised_by(x)) {
+      raise_max(x);
+    }
+    add(x);
+  }
+
+  // Adds several logits, and raises the maximum once.
+  template <int kCount>
+  C10_HOST_DEVICE void push(const acc_t (&x)[kCount]) {
+    acc_t new_max = max;
+    for (int i = 0; i < kCount; ++i) {
+      new_max = x[i] > new_max ? x[i] : new_max;
+    }
+    if (raised_by(new_max)) {
+      raise_max(new_max);
+    }
+    for (int i = 0; i < kCount; ++i) {
+      add(x[i]);
+    }
+  }
+
+  C10_HOST_DEVICE void merge(RowStats other) {
+    if (raised_by(other.max)) {
+      raise_max(other.max);
+    } else if (other.raised_by(max)) {
+      other.raise_max(max);
+    }
+    sum_exp += other.sum_exp;
+    sum_shifted += other.sum_shifted;
+    count += other.count;
+  }
+
+  C10_HOST_DEVICE acc_t log_sum() const { return std::log(sum_exp); }
+};
+
+// logsumexp(x) - x[label]
+template <typename acc_t>
+C10_HOST_DEVICE acc_t inlier_cross_entropy(const RowStats<acc_t>& stats, acc_t logit_at_label) {
+  return stats.log_sum() - (logit_at_label - stats.max);
+}
+
+// logsumexp(x) - mean(x)
+template <typename acc_t>
+C10_HOST_DEVICE acc_t outlier_cross_entropy(const RowStats<acc_t>& stats) {
+  return stats.log_sum() - stats.sum_shifted / stats.count;
+}
+
+// The gradient of one row: scale * (softmax(x) - q). An inactive row has a weight of zero: its
+// logits do not count, whatever they are.
+template <typename acc_t>
+struct RowGradient {
+  acc_t max = 0;
+  acc_t log_sum = 0;
+  acc_t scale = 0;     // weight * upstream gradient / divisor of the reduction
+  acc_t uniform = 0;   // q of every class but the label: 1/C in an outlier row, else 0
+  int64_t label = -1;  // q is 1 at this class; -1 in an outlier row
+  bool active = false;
+
+  C10_HOST_DEVICE acc_t operator()(acc_t x, int64_t cls) const {
+    const acc_t q = cls == label ? acc_t(1) : uniform;
+    return active ? scale * (std::exp((x - max) - log_sum) - q) : acc_t(0);
+  }
+};
+
+// How many positions count, by group; what the means divide by.
+struct GroupCounts {
+  int64_t inliers = 0;
+  int64_t outliers = 0;
+};
+
+// What a reduction divides the loss of a position of this kind by. It is 0 only where no position
+// would be divided, or where the mean of an empty batch is asked for (NaN, as torch's).
+C10_HOST_DEVICE inline int64_t reduction_divisor(Reduction reduction, RowKind kind,
+                                                 GroupCounts counts) {
+  switch (reduction) {
+    case Reduction::kMean:
+      return counts.inliers + counts.outliers;
+    case Reduction::kGroupMean:
+      return kind == RowKind::kOutlier ? counts.outliers : counts.inliers;
+    default:
+      return 1;
+  }
+}
+
+// Sums of the weighted losses by group. They are kept in double for every dtype: 10^7 positions
+// would cost float32 half of its digits.
+struct GroupSums {
+  double inliers = 0;
+  double outliers = 0;
+  GroupCounts counts;
+
+  C10_HOST_DEVICE void add(RowKind kind, double loss) {
+    if (kind == RowKind::kInlier) {
+      inliers += loss;
+      counts.inliers += 1;
+    } else if (kind == RowKind::kOutlier) {
+      outliers += loss;
+      counts.outliers += 1;
+    }
+  }
+
+  C10_HOST_DEVICE void merge(const GroupSums& other) {
+    inliers += other.inliers;
+    outliers += other.outliers;
+    counts.inliers += other.counts.inliers;
+    counts.outliers += other.counts.outliers;
+  }
+
+  // The reduced loss of num_rows positions, ignored ones among them.
+  C10_HOST_DEVICE double reduce(Reduction reduction, int64_t num_rows) const {
+    if (num_rows == 0) {
+      return reduction == Reduction::kMean ? std::numeric_limits<double>::quiet_NaN() : 0.0;
+    }
+    const int64_t inlier_divisor = reduction_divisor(reduction, RowKind::kInlier, counts);
+    const int64_t outlier_divisor = reduction_divisor(reduction, RowKind::kOutlier, counts);
+    if (inlier_divisor == outlier_divisor) {
+      return inlier_divisor > 0 ? (inliers + outliers) / static_cast<double>(inlier_divisor) : 0.0;
+    }
+    return (inlier_divisor > 0 ? inliers / static_cast<double>(inlier_divisor) : 0.0) +
+           (outlier_divisor > 0 ? outliers / static_cast<double>(outlier_divisor) : 0.0);
+  }
+};
+
+}  // namespace oe_ext
