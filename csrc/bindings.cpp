@@ -1,0 +1,22 @@
+// oe_ext._C: importing it registers the operators; beside that it tells how it was built.
+#include <pybind11/pybind11.h>
+
+#include "build_info.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Operators of oe_ext (registered with torch on import) and how they were built";
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["torch"] = oe_ext::kBuiltWithTorch;
+        info["compiler"] = oe_ext::kCompiler;
+        info["cuda"] = oe_ext::kCudaVersion > 0
+                           ? pybind11::object(pybind11::int_(oe_ext::kCudaVersion))
+                           : pybind11::none();
+        info["cuda_arch_list"] = oe_ext::kCudaArchList;
+        return info;
+      },
+      "How this library was built: torch's version, the compiler, CUDA's version as an integer "
+      "(13000 is 13.0; None without CUDA) and the architectures of the CUDA kernels.");
+}

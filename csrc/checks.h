@@ -1,0 +1,160 @@
+// All validation of what a caller hands in. Every backend calls it, the Meta backend too: inference
+// mode skips the autograd layer. Nothing here reads a tensor's elements, so nothing synchronises;
+// labels are checked by the kernels.
+#pragma once
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/OpMathType.h>
+#include <ATen/core/Tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "dispatch.h"
+#include "kernel_args.h"
+
+namespace oe_ext {
+
+inline Reduction parse_reduction(std::string_view reduction) {
+  if (reduction == "mean") return Reduction::kMean;
+  if (reduction == "group_mean") return Reduction::kGroupMean;
+  if (reduction == "sum") return Reduction::kSum;
+  if (reduction == "none") return Reduction::kNone;
+  TORCH_CHECK_VALUE(false,
+                    "outlier_exposure_loss: reduction must be one of 'none', 'sum', 'mean', "
+                    "'group_mean', got '",
+                    reduction, "'");
+}
+
+// The dtype of the loss, and of all arithmetic: float32, or float64 for float64 logits.
+inline at::ScalarType loss_dtype(const at::Tensor& logits) {
+  return at::toOpMathType(logits.scalar_type());
+}
+
+inline void check_dtypes(const at::Tensor& logits, const at::Tensor& target) {
+  const auto is_logits_dtype = [](at::ScalarType dtype) {
+    return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
+           dtype == at::kBFloat16;
+  };
+  TORCH_CHECK_TYPE(is_logits_dtype(logits.scalar_type()),
+                   "outlier_exposure_loss: logits must be float16, bfloat16, float32 or float64, "
+                   "got ",
+                   logits.scalar_type());
+  const at::ScalarType label = target.scalar_type();
+  TORCH_CHECK_TYPE(
+      label == at::kLong || label == at::kInt || label == at::kShort || label == at::kChar ||
+          label == at::kByte,
+      "outlier_exposure_loss: target must hold class labels of dtype int64, int32, int16, int8 or "
+      "uint8, got ",
+      label, at::isFloatingType(label) ? "; soft labels are not supported by this loss" : "");
+}
+
+inline void check_shapes(const at::Tensor& logits, const at::Tensor& target) {
+  TORCH_CHECK_VALUE(logits.dim() >= 2,
+                    "outlier_exposure_loss: logits must have shape [N, C] or [N, C, d1, ..., dk], "
+                    "got logits of shape ",
+                    logits.sym_sizes(), " and target of shape ", target.sym_sizes());
+  const c10::SymIntArrayRef sizes = logits.sym_sizes();
+  bool matches = target.dim() == logits.dim() - 1;
+  for (int64_t dim = 0; matches && dim < target.dim(); ++dim) {
+    matches =
+        target.sym_size(dim).sym_eq(sizes[dim == 0 ? 0 : dim + 1]).expect_true(__FILE__, __LINE__);
+  }
+  if (!matches) {
+    c10::SymDimVector expected(sizes.begin(), sizes.end());
+    expected.erase(expected.begin() + 1);
+    TORCH_CHECK_VALUE(false, "outlier_exposure_loss: target must have shape ",
+                      c10::SymIntArrayRef(expected), " for logits of shape ", sizes,
+                      " (the class axis is 1), got ", target.sym_sizes());
+  }
+  TORCH_CHECK_VALUE(sizes[1].sym_ne(0).expect_true(__FILE__, __LINE__),
+                    "outlier_exposure_loss: logits must have at least one class (axis 1), got "
+                    "logits of shape ",
+                    sizes, " and target of shape ", target.sym_sizes());
+}
+
+inline void check_same_device(const at::Tensor& logits, const at::Tensor& other,
+                              std::string_view name) {
+  TORCH_CHECK(logits.device() == other.device(), "outlier_exposure_loss: logits and ", name,
+              " must be on the same device, got ", logits.device(), " and ", other.device());
+}
+
+inline void check_inputs(const at::Tensor& logits, const at::Tensor& target) {
+  check_dtypes(logits, target);
+  check_shapes(logits, target);
+  check_same_device(logits, target, "target");
+}
+
+// alpha is a number, or a tensor with one weight a position; the tensor wins.
+inline void check_alpha(const at::Tensor& logits, const at::Tensor& target, double alpha,
+                        const OptionalTensor& alpha_tensor) {
+  if (!alpha_tensor.has_value()) {
+    TORCH_CHECK_VALUE(std::isfinite(alpha),
+                      "outlier_exposure_loss: alpha must be a finite number, got ", alpha);
+    return;
+  }
+  TORCH_CHECK_TYPE(at::isFloatingType(alpha_tensor->scalar_type()),
+                   "outlier_exposure_loss: a tensor alpha must have a floating-point dtype, got ",
+                   alpha_tensor->scalar_type());
+  check_same_device(logits, *alpha_tensor, "alpha");
+  const c10::SymIntArrayRef from = alpha_tensor->sym_sizes();
+  const c10::SymIntArrayRef to = target.sym_sizes();
+  bool broadcasts = from.size() <= to.size();
+  for (size_t back = 1; broadcasts && back <= from.size(); ++back) {
+    const c10::SymInt& size = from[from.size() - back];
+    broadcasts = size == 1 || size == to[to.size() - back];
+  }
+  TORCH_CHECK_VALUE(broadcasts, "outlier_exposure_loss: alpha of shape ", from,
+                    " does not broadcast against target of shape ", to);
+}
+
+// Reports the row that a kernel found to have no legal label; -1 is none.
+inline void check_labels(int64_t bad_row, const Labels& labels, const at::Tensor& target) {
+  if (bad_row < 0) {
+    return;
+  }
+  at::DimVector position(target.dim());
+  for (int64_t dim = target.dim() - 1, rest = bad_row; dim >= 0; --dim) {
+    position[dim] = rest % target.size(dim);
+    rest /= target.size(dim);
+  }
+  const LabelRule& rule = labels.rule;
+  TORCH_CHECK_INDEX(
+      false, "outlier_exposure_loss: target must hold classes in [0, ", rule.num_classes, ")",
+      rule.has_ood_index ? c10::str(", ood_index = ", rule.ood_index)
+                         : std::string(", or a negative number for an outlier"),
+      rule.has_ignore_index ? c10::str(", or ignore_index = ", rule.ignore_index) : std::string(),
+      "; got ", labels[bad_row], " at position ", at::IntArrayRef(position),
+      " (C = ", rule.num_classes, ")");
+}
+
+// What the backward operator is given beside the inputs of the loss.
+inline void check_backward(const at::Tensor& grad, const at::Tensor& logits,
+                           const at::Tensor& target, const at::Tensor& row_max,
+                           const at::Tensor& row_log_sum, const at::Tensor& counts,
+                           Reduction reduction) {
+  const auto check_stat = [&](const at::Tensor& stat, std::string_view name) {
+    TORCH_CHECK(
+        stat.scalar_type() == loss_dtype(logits) && stat.sym_sizes().equals(target.sym_sizes()),
+        "_outlier_exposure_loss_backward: ", name, " must be ", loss_dtype(logits), " of shape ",
+        target.sym_sizes(), ", got ", stat.scalar_type(), " of shape ", stat.sym_sizes());
+    check_same_device(logits, stat, name);
+  };
+  check_stat(row_max, "row_max");
+  check_stat(row_log_sum, "row_log_sum");
+  TORCH_CHECK(
+      reduction == Reduction::kNone ? grad.sym_sizes().equals(target.sym_sizes()) : grad.dim() == 0,
+      "_outlier_exposure_loss_backward: grad must have the shape of the loss, got ",
+      grad.sym_sizes(), " for target of shape ", target.sym_sizes());
+  check_same_device(logits, grad, "grad");
+  TORCH_CHECK(counts.scalar_type() == at::kLong && counts.dim() == 1 &&
+                  counts.sym_size(0) == (reduction == Reduction::kNone ? 0 : 2),
+              "_outlier_exposure_loss_backward: counts must be int64 with 2 elements (0 where "
+              "reduction is 'none'), got ",
+              counts.scalar_type(), " of shape ", counts.sym_sizes());
+  check_same_device(logits, counts, "counts");
+}
+
+}  // namespace oe_ext

@@ -1,0 +1,76 @@
+#include "layout.h"
+
+#include <ATen/ops/empty.h>
+
+namespace oe_ext {
+namespace {
+
+// An axis of rows, built up from neighbouring axes of the tensor, outermost first.
+struct Axis {
+  int64_t size = 1;
+  int64_t stride = 0;
+
+  // Appends the next inner axis, if both can be walked with one stride.
+  bool append(int64_t inner_size, int64_t inner_stride) {
+    if (inner_size == 1) {
+      return true;
+    }
+    if (size != 1 && stride != inner_size * inner_stride) {
+      return false;
+    }
+    size *= inner_size;
+    stride = inner_stride;
+    return true;
+  }
+};
+
+RowView contiguous_view(const at::Tensor& tensor) {
+  const std::optional<RowLayout> layout = row_layout(tensor);
+  TORCH_INTERNAL_ASSERT(layout.has_value(), "a contiguous tensor has two axes of rows at most");
+  return {tensor, *layout};
+}
+
+}  // namespace
+
+std::optional<RowLayout> row_layout(const at::Tensor& logits) {
+  RowLayout layout;
+  layout.num_outer = 1;
+  layout.num_inner = logits.size(0);
+  layout.inner_stride = logits.stride(0);
+  layout.num_classes = logits.size(1);
+  layout.class_stride = layout.num_classes > 1 ? logits.stride(1) : 1;
+  if (logits.numel() == 0) {
+    return layout;  // no offset is ever taken
+  }
+
+  Axis spatial;
+  for (int64_t dim = 2; dim < logits.dim(); ++dim) {
+    if (!spatial.append(logits.size(dim), logits.stride(dim))) {
+      return std::nullopt;
+    }
+  }
+  Axis rows{logits.size(0), logits.stride(0)};
+  if (rows.append(spatial.size, spatial.stride)) {
+    layout.num_inner = rows.size;
+    layout.inner_stride = rows.stride;
+  } else {
+    layout.num_outer = logits.size(0);
+    layout.outer_stride = logits.stride(0);
+    layout.num_inner = spatial.size;
+    layout.inner_stride = spatial.stride;
+  }
+  return layout;
+}
+
+RowView rows_to_read(const at::Tensor& logits) {
+  const std::optional<RowLayout> layout = row_layout(logits);
+  return layout.has_value() ? RowView{logits, *layout} : contiguous_view(logits.contiguous());
+}
+
+RowView rows_to_write(const at::Tensor& grad) {
+  const std::optional<RowLayout> layout = row_layout(grad);
+  return layout.has_value() ? RowView{grad, *layout}
+                            : contiguous_view(at::empty(grad.sizes(), grad.options()));
+}
+
+}  // namespace oe_ext

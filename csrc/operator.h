@@ -1,0 +1,239 @@
+// The entry points of every backend that computes: tensors in, raw pointers to the kernels,
+// tensors out. A backend supplies three static function templates:
+//     forward(ForwardArgs)    the loss and the statistics of every row
+//     reduce(ReduceArgs)      the reduced loss and the counts
+//     backward(BackwardArgs)  the gradient of every row
+// forward and backward return the first row whose label is not legal, or -1. A device that cannot
+// tell without a synchronisation asserts in its kernel and returns -1.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "checks.h"
+#include "kernel_args.h"
+#include "layout.h"
+
+namespace oe_ext {
+
+inline Labels make_labels(const at::Tensor& contiguous_target, int64_t num_classes,
+                          OptionalInt ignore_index, OptionalInt ood_index) {
+  Labels labels;
+  labels.data = contiguous_target.const_data_ptr();
+  switch (contiguous_target.scalar_type()) {
+    case at::kInt:
+      labels.type = LabelType::kInt32;
+      break;
+    case at::kShort:
+      labels.type = LabelType::kInt16;
+      break;
+    case at::kChar:
+      labels.type = LabelType::kInt8;
+      break;
+    case at::kByte:
+      labels.type = LabelType::kUInt8;
+      break;
+    default:
+      labels.type = LabelType::kInt64;
+  }
+  labels.rule.num_classes = num_classes;
+  labels.rule.ignore_index = ignore_index.value_or(0);
+  labels.rule.ood_index = ood_index.value_or(0);
+  labels.rule.has_ignore_index = ignore_index.has_value();
+  labels.rule.has_ood_index = ood_index.has_value();
+  return labels;
+}
+
+// A tensor that broadcasts against `target`, in the dtype of the arithmetic. One value stays one
+// value (an expanded gradient, a scalar alpha); anything else is laid out row by row.
+struct RowVector {
+  RowVector(const at::Tensor& values, const at::Tensor& target, at::ScalarType dtype) {
+    const bool one_value = values.numel() == 1 || all_strides_zero(values);
+    tensor_ = one_value ? values.as_strided({}, {}) : values.expand(target.sizes());
+    tensor_ = tensor_.to(dtype).contiguous();
+    stride_ = one_value ? 0 : 1;
+  }
+
+  template <typename acc_t>
+  PerRow<acc_t> per_row() const {
+    return {tensor_.const_data_ptr<acc_t>(), stride_};
+  }
+
+ private:
+  static bool all_strides_zero(const at::Tensor& values) {
+    for (const int64_t stride : values.strides()) {
+      if (stride != 0) return false;
+    }
+    return values.numel() > 0;
+  }
+
+  at::Tensor tensor_;
+  int64_t stride_;
+};
+
+template <typename Backend>
+struct Operator {
+  static at::Tensor loss(const at::Tensor& logits, const at::Tensor& target, double alpha,
+                         std::string_view reduction, OptionalInt ignore_index,
+                         OptionalInt ood_index) {
+    return std::get<0>(run_forward(logits, target, alpha, std::nullopt, reduction, ignore_index,
+                                   ood_index, /*save_for_backward=*/false));
+  }
+
+  static at::Tensor loss_tensor_alpha(const at::Tensor& logits, const at::Tensor& target,
+                                      const at::Tensor& alpha, std::string_view reduction,
+                                      OptionalInt ignore_index, OptionalInt ood_index) {
+    return std::get<0>(run_forward(logits, target, 0.0, alpha, reduction, ignore_index, ood_index,
+                                   /*save_for_backward=*/false));
+  }
+
+  static ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, double alpha,
+                               const OptionalTensor& alpha_tensor, std::string_view reduction,
+                               OptionalInt ignore_index, OptionalInt ood_index) {
+    return run_forward(logits, target, alpha, alpha_tensor, reduction, ignore_index, ood_index,
+                       /*save_for_backward=*/true);
+  }
+
+  static at::Tensor backward(const at::Tensor& grad, const at::Tensor& logits,
+                             const at::Tensor& target, const at::Tensor& row_max,
+                             const at::Tensor& row_log_sum, const at::Tensor& counts, double alpha,
+                             const OptionalTensor& alpha_tensor, std::string_view reduction_name,
+                             OptionalInt ignore_index, OptionalInt ood_index) {
+    const Reduction reduction = parse_reduction(reduction_name);
+    check_inputs(logits, target);
+    check_alpha(logits, target, alpha, alpha_tensor);
+    check_backward(grad, logits, target, row_max, row_log_sum, counts, reduction);
+    const c10::DeviceGuard guard(logits.device());
+
+    at::Tensor grad_logits = at::empty_like(logits);
+    if (grad_logits.numel() == 0) {
+      return grad_logits;
+    }
+    const RowView input = rows_to_read(logits);
+    const RowView output = rows_to_write(grad_logits);
+    const at::Tensor labels = target.contiguous();
+    const at::Tensor maxima = row_max.contiguous();
+    const at::Tensor log_sums = row_log_sum.contiguous();
+    const at::Tensor group_counts = counts.contiguous();
+    const at::ScalarType dtype = loss_dtype(logits);
+    const RowVector upstream(grad, target, dtype);
+    std::optional<RowVector> alphas;
+    if (alpha_tensor.has_value()) {
+      alphas.emplace(*alpha_tensor, target, dtype);
+    }
+
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, logits.scalar_type(), "outlier_exposure_loss_backward", [&] {
+          using acc_t = at::opmath_type<scalar_t>;
+          BackwardArgs<scalar_t, acc_t> args;
+          args.layout = input.layout;
+          args.logits = input.tensor.template const_data_ptr<scalar_t>();
+          args.grad_layout = output.layout;
+          args.grad_logits = output.tensor.template mutable_data_ptr<scalar_t>();
+          args.labels = make_labels(labels, logits.size(1), ignore_index, ood_index);
+          args.alpha = make_alpha<acc_t>(alpha, alphas);
+          args.reduction = reduction;
+          args.grad = upstream.template per_row<acc_t>();
+          args.row_max = maxima.template const_data_ptr<acc_t>();
+          args.row_log_sum = log_sums.template const_data_ptr<acc_t>();
+          args.counts = reduction == Reduction::kNone
+                            ? nullptr
+                            : group_counts.template const_data_ptr<int64_t>();
+          check_labels(Backend::backward(args), args.labels, target);
+        });
+    if (!output.tensor.is_same(grad_logits)) {
+      grad_logits.copy_(output.tensor);
+    }
+    return grad_logits;
+  }
+
+  // Registers every operator for the dispatch key of this backend.
+  static void register_for(torch::Library& m) {
+    m.impl("outlier_exposure_loss", TORCH_FN(loss));
+    m.impl("outlier_exposure_loss.tensor_alpha", TORCH_FN(loss_tensor_alpha));
+    m.impl("_outlier_exposure_loss_forward", TORCH_FN(forward));
+    m.impl("_outlier_exposure_loss_backward", TORCH_FN(backward));
+  }
+
+ private:
+  template <typename acc_t>
+  static Alpha<acc_t> make_alpha(double alpha, const std::optional<RowVector>& alphas) {
+    Alpha<acc_t> result;
+    result.value = static_cast<acc_t>(alpha);
+    if (alphas.has_value()) {
+      result.values = alphas->per_row<acc_t>();
+    }
+    return result;
+  }
+
+  static ForwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, double alpha,
+                                   const OptionalTensor& alpha_tensor,
+                                   std::string_view reduction_name, OptionalInt ignore_index,
+                                   OptionalInt ood_index, bool save_for_backward) {
+    const Reduction reduction = parse_reduction(reduction_name);
+    check_inputs(logits, target);
+    check_alpha(logits, target, alpha, alpha_tensor);
+    const c10::DeviceGuard guard(logits.device());
+
+    const at::ScalarType dtype = loss_dtype(logits);
+    const auto options = logits.options().dtype(dtype);
+    const bool reduces = reduction != Reduction::kNone;
+    const bool save_cross_entropy = save_for_backward && alpha_tensor.has_value();
+    const at::Tensor row_loss = at::empty(target.sizes(), options);
+    const auto empty_unless = [&](bool needed) {
+      return needed ? at::empty(target.sizes(), options) : at::empty({0}, options);
+    };
+    at::Tensor row_cross_entropy =
+        save_for_backward ? empty_unless(save_cross_entropy) : at::Tensor();
+    at::Tensor row_max = save_for_backward ? empty_unless(true) : at::Tensor();
+    at::Tensor row_log_sum = save_for_backward ? empty_unless(true) : at::Tensor();
+    at::Tensor counts = at::empty({reduces ? 2 : 0}, options.dtype(at::kLong));
+    at::Tensor loss = reduces ? at::empty({}, options) : row_loss;
+
+    const RowView input = rows_to_read(logits);
+    const at::Tensor labels = target.contiguous();
+    std::optional<RowVector> alphas;
+    if (alpha_tensor.has_value()) {
+      alphas.emplace(*alpha_tensor, target, dtype);
+    }
+
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, logits.scalar_type(), "outlier_exposure_loss", [&] {
+          using acc_t = at::opmath_type<scalar_t>;
+          ForwardArgs<scalar_t, acc_t> args;
+          args.layout = input.layout;
+          args.logits = input.tensor.template const_data_ptr<scalar_t>();
+          args.labels = make_labels(labels, logits.size(1), ignore_index, ood_index);
+          args.alpha = make_alpha<acc_t>(alpha, alphas);
+          args.row_loss = row_loss.template mutable_data_ptr<acc_t>();
+          if (save_cross_entropy) {
+            args.row_cross_entropy = row_cross_entropy.template mutable_data_ptr<acc_t>();
+          }
+          if (save_for_backward) {
+            args.row_max = row_max.template mutable_data_ptr<acc_t>();
+            args.row_log_sum = row_log_sum.template mutable_data_ptr<acc_t>();
+          }
+          if (target.numel() > 0) {
+            check_labels(Backend::forward(args), args.labels, target);
+          }
+          if (reduces) {
+            ReduceArgs<acc_t> reduce_args;
+            reduce_args.num_rows = target.numel();
+            reduce_args.labels = args.labels;
+            reduce_args.reduction = reduction;
+            reduce_args.row_loss = args.row_loss;
+            reduce_args.loss = loss.template mutable_data_ptr<acc_t>();
+            reduce_args.counts = counts.template mutable_data_ptr<int64_t>();
+            Backend::reduce(reduce_args);
+          }
+        });
+    return {loss, row_cross_entropy, row_max, row_log_sum, counts};
+  }
+};
+
+}  // namespace oe_ext
