@@ -1,0 +1,33 @@
+// How compiled autograd traces through our nodes. In a file of its own for its header's sake.
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include "nodes.h"
+
+namespace oe_ext {
+
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+void LossNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
+  for (const SavedVariable& variable : saved_) {
+    args.collect(variable, /*is_output=*/false);
+  }
+  args.collect(options_.alpha);
+  args.collect(options_.reduction);
+  args.collect(options_.ignore_index);
+  args.collect(options_.ood_index);
+}
+
+variable_list LossNode::apply_with_saved(const variable_list& inputs,
+                                         torch::dynamo::autograd::SwapSavedVariables& saved) {
+  for (SavedVariable& variable : saved_) {
+    saved.before(variable);
+  }
+  variable_list result = apply(variable_list(inputs));
+  for (SavedVariable& variable : saved_) {
+    saved.after(variable);
+  }
+  return result;
+}
+
+}  // namespace oe_ext

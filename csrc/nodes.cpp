@@ -1,0 +1,114 @@
+#include "nodes.h"
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/TensorOperators.h>
+
+#include <mutex>
+
+#include "tangents.h"
+
+namespace oe_ext {
+
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+namespace {
+
+SavedVariable save(const OptionalTensor& tensor) {
+  return SavedVariable(tensor, /*is_output=*/false);
+}
+
+// A value a position, summed to the shape and the dtype of alpha.
+at::Tensor alpha_gradient(const at::Tensor& per_row, const at::Tensor& alpha) {
+  return at::sum_to(per_row, alpha.sym_sizes()).to(alpha.scalar_type());
+}
+
+}  // namespace
+
+void LossNode::save_inputs(const at::Tensor& logits, const at::Tensor& target,
+                           const at::Tensor& counts, const OptionalTensor& alpha_tensor,
+                           LossOptions options) {
+  saved_[kLogits] = save(logits);
+  saved_[kTarget] = save(target);
+  saved_[kCounts] = save(counts);
+  saved_[kAlpha] = save(alpha_tensor);
+  options_ = std::move(options);
+}
+
+OptionalTensor LossNode::unpack_alpha() const {
+  const at::Tensor alpha = saved_[kAlpha].unpack();
+  return alpha.defined() ? OptionalTensor(alpha) : std::nullopt;
+}
+
+void LossNode::release_variables() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (SavedVariable& variable : saved_) {
+    variable.reset_data();
+  }
+}
+
+void OutlierExposureLossBackward0::save_statistics(const at::Tensor& row_cross_entropy,
+                                                   const at::Tensor& row_max,
+                                                   const at::Tensor& row_log_sum) {
+  saved_[kRowCrossEntropy] = save(row_cross_entropy);
+  saved_[kRowMax] = save(row_max);
+  saved_[kRowLogSum] = save(row_log_sum);
+}
+
+variable_list OutlierExposureLossBackward0::apply(variable_list&& grads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  variable_list result(2);
+  const at::Tensor& grad = grads[0];
+  if (!grad.defined()) {
+    return result;
+  }
+  const at::Tensor logits = saved_[kLogits].unpack();
+  const at::Tensor target = saved_[kTarget].unpack();
+  const at::Tensor counts = saved_[kCounts].unpack();
+  const OptionalTensor alpha = unpack_alpha();
+  if (task_should_compute_output(0)) {
+    result[0] = backward_operator().call(
+        grad, logits, target, saved_[kRowMax].unpack(), saved_[kRowLogSum].unpack(), counts,
+        options_.alpha, alpha, options_.reduction, options_.ignore_index, options_.ood_index);
+  }
+  if (alpha.has_value() && task_should_compute_output(1)) {
+    const bool needs_history = at::GradMode::is_enabled() || any_tangent(logits);
+    const at::Tensor cross_entropy = needs_history ? row_cross_entropy(logits, target, options_)
+                                                   : saved_[kRowCrossEntropy].unpack();
+    const RowScales scales(logits, target, counts, alpha, options_);
+    result[1] = alpha_gradient(scales.alpha_scale * grad * cross_entropy, *alpha);
+  }
+  return result;
+}
+
+void OutlierExposureLossBackwardBackward0::save_grad(const at::Tensor& grad) {
+  saved_[kGrad] = save(grad);
+}
+
+variable_list OutlierExposureLossBackwardBackward0::apply(variable_list&& grads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  variable_list result(3);
+  const at::Tensor& direction = grads[0];
+  if (!direction.defined()) {
+    return result;
+  }
+  const at::Tensor logits = saved_[kLogits].unpack();
+  const at::Tensor grad = saved_[kGrad].unpack();
+  const OptionalTensor alpha = unpack_alpha();
+  const RowCalculus rows(logits, saved_[kTarget].unpack(), saved_[kCounts].unpack(), alpha,
+                         options_);
+  if (task_should_compute_output(0)) {
+    result[0] = rows.reduce(rows.scale * rows.cross_entropy_along(direction));
+  }
+  if (task_should_compute_output(1)) {
+    result[1] =
+        ((rows.scale * grad).unsqueeze(1) * rows.softmax_along(direction)).to(logits.scalar_type());
+  }
+  if (alpha.has_value() && task_should_compute_output(2)) {
+    result[2] =
+        alpha_gradient(rows.alpha_scale * grad * rows.cross_entropy_along(direction), *alpha);
+  }
+  return result;
+}
+
+}  // namespace oe_ext

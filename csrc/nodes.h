@@ -1,0 +1,58 @@
+// The nodes of the autograd graph: what they save, and which gradients they compute.
+#pragma once
+
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <array>
+#include <string>
+
+#include "row_calculus.h"
+
+namespace oe_ext {
+
+// What both nodes keep: the inputs of the loss.
+struct LossNode : torch::autograd::Node {
+  void save_inputs(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& counts,
+                   const OptionalTensor& alpha_tensor, LossOptions options);
+
+  void release_variables() override;
+
+  // For compiled autograd, in compiled_autograd.cpp.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override;
+  torch::autograd::variable_list apply_with_saved(
+      const torch::autograd::variable_list& inputs,
+      torch::dynamo::autograd::SwapSavedVariables& saved) override;
+
+ protected:
+  OptionalTensor unpack_alpha() const;
+
+  // All saved tensors, in one array, so that none is forgotten where all must be visited.
+  enum Slot { kLogits, kTarget, kCounts, kAlpha, kFirstOwn, kNumSlots = kFirstOwn + 3 };
+  std::array<torch::autograd::SavedVariable, kNumSlots> saved_;
+  LossOptions options_;
+};
+
+// The backward of the loss. Next edges: logits, alpha.
+struct OutlierExposureLossBackward0 : LossNode {
+  std::string name() const override { return "OutlierExposureLossBackward0"; }
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
+  void save_statistics(const at::Tensor& row_cross_entropy, const at::Tensor& row_max,
+                       const at::Tensor& row_log_sum);
+
+ private:
+  enum OwnSlot { kRowCrossEntropy = kFirstOwn, kRowMax, kRowLogSum };
+};
+
+// The backward of the backward operator. Next edges: grad, logits, alpha.
+struct OutlierExposureLossBackwardBackward0 : LossNode {
+  std::string name() const override { return "OutlierExposureLossBackwardBackward0"; }
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
+  void save_grad(const at::Tensor& grad);
+
+ private:
+  enum OwnSlot { kGrad = kFirstOwn };
+};
+
+}  // namespace oe_ext

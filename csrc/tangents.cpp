@@ -1,0 +1,63 @@
+#include "tangents.h"
+
+#include <ATen/TensorOperators.h>
+
+namespace oe_ext {
+namespace {
+
+at::Tensor primal_of(const at::Tensor& tensor) { return tensor._fw_primal(/*level=*/0); }
+
+OptionalTensor primal_of(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(primal_of(*tensor)) : std::nullopt;
+}
+
+at::Tensor add_defined(const at::Tensor& a, const at::Tensor& b) { return a.defined() ? a + b : b; }
+
+}  // namespace
+
+at::Tensor tangent_of(const OptionalTensor& tensor) {
+  return tensor.has_value() && tensor->defined() ? tensor->_fw_grad(/*level=*/0) : at::Tensor();
+}
+
+at::Tensor loss_tangent(const at::Tensor& logits, const at::Tensor& target,
+                        const at::Tensor& counts, const OptionalTensor& alpha_tensor,
+                        const LossOptions& options) {
+  const at::Tensor logits_tangent = tangent_of(logits);
+  const at::Tensor alpha_tangent = tangent_of(alpha_tensor);
+  const at::Tensor x = primal_of(logits);
+  const RowCalculus rows(x, target, counts, primal_of(alpha_tensor), options);
+  at::Tensor per_row;
+  if (logits_tangent.defined()) {
+    per_row = rows.scale * rows.cross_entropy_along(logits_tangent);
+  }
+  if (alpha_tangent.defined()) {
+    per_row = add_defined(per_row, rows.alpha_scale * alpha_tangent.to(rows.scale.scalar_type()) *
+                                       row_cross_entropy(x, target, options));
+  }
+  return rows.reduce(per_row);
+}
+
+at::Tensor backward_tangent(const at::Tensor& grad, const at::Tensor& logits,
+                            const at::Tensor& target, const at::Tensor& counts,
+                            const OptionalTensor& alpha_tensor, const LossOptions& options) {
+  const at::Tensor grad_tangent = tangent_of(grad);
+  const at::Tensor logits_tangent = tangent_of(logits);
+  const at::Tensor alpha_tangent = tangent_of(alpha_tensor);
+  const at::Tensor upstream = primal_of(grad);
+  const RowCalculus rows(primal_of(logits), target, counts, primal_of(alpha_tensor), options);
+  at::Tensor tangent;
+  if (logits_tangent.defined()) {
+    tangent = (rows.scale * upstream).unsqueeze(1) * rows.softmax_along(logits_tangent);
+  }
+  if (grad_tangent.defined()) {
+    tangent = add_defined(tangent, (rows.scale * grad_tangent).unsqueeze(1) * rows.residual);
+  }
+  if (alpha_tangent.defined()) {
+    const at::Tensor scale =
+        rows.alpha_scale * upstream * alpha_tangent.to(rows.scale.scalar_type());
+    tangent = add_defined(tangent, scale.unsqueeze(1) * rows.residual);
+  }
+  return tangent.to(logits.scalar_type());
+}
+
+}  // namespace oe_ext
