@@ -1,0 +1,18 @@
+// The kernels of the CPU, over all threads. forward and backward return the first row whose label
+// is not legal, or -1.
+#pragma once
+
+#include "../kernel_args.h"
+
+namespace oe_ext::cpu {
+
+template <typename scalar_t, typename acc_t>
+int64_t forward(const ForwardArgs<scalar_t, acc_t>& args);
+
+template <typename scalar_t, typename acc_t>
+int64_t backward(const BackwardArgs<scalar_t, acc_t>& args);
+
+template <typename acc_t>
+void reduce(const ReduceArgs<acc_t>& args);
+
+}  // namespace oe_ext::cpu

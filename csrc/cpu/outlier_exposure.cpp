@@ -1,0 +1,29 @@
+// The operators of the CPU backend.
+#include "../operator.h"
+#include "launch.h"
+
+namespace oe_ext {
+namespace {
+
+struct CpuBackend {
+  template <typename scalar_t, typename acc_t>
+  static int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
+    return cpu::forward(args);
+  }
+
+  template <typename scalar_t, typename acc_t>
+  static int64_t backward(const BackwardArgs<scalar_t, acc_t>& args) {
+    return cpu::backward(args);
+  }
+
+  template <typename acc_t>
+  static void reduce(const ReduceArgs<acc_t>& args) {
+    cpu::reduce(args);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(oe_ext, CPU, m) { Operator<CpuBackend>::register_for(m); }
+
+}  // namespace oe_ext
