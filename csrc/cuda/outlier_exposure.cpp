@@ -1,0 +1,41 @@
+// The operators of the CUDA backend. They run on the current stream of the logits' device and wait
+// for nothing.
+#include <c10/cuda/CUDAStream.h>
+
+#include "../operator.h"
+#include "launch.h"
+
+namespace oe_ext {
+namespace {
+
+// The kernels assert that labels are legal: to learn it here would take a synchronisation.
+constexpr int64_t kNoBadRow = -1;
+
+struct CudaBackend {
+  template <typename scalar_t, typename acc_t>
+  static int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
+    cuda::forward(args, c10::cuda::getCurrentCUDAStream());
+    return kNoBadRow;
+  }
+
+  template <typename scalar_t, typename acc_t>
+  static int64_t backward(const BackwardArgs<scalar_t, acc_t>& args) {
+    cuda::backward(args, c10::cuda::getCurrentCUDAStream());
+    return kNoBadRow;
+  }
+
+  template <typename acc_t>
+  static void reduce(const ReduceArgs<acc_t>& args) {
+    const int64_t bytes = cuda::num_partials(args.num_rows) * sizeof(GroupSums);
+    const at::Tensor partials =
+        at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(at::kCUDA));
+    cuda::reduce(args, static_cast<GroupSums*>(partials.mutable_data_ptr()),
+                 c10::cuda::getCurrentCUDAStream());
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(oe_ext, CUDA, m) { Operator<CudaBackend>::register_for(m); }
+
+}  // namespace oe_ext
