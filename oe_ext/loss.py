@@ -1,0 +1,75 @@
+"""The loss as a module: what a pytorch-ood user imports instead of pytorch-ood's own."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from oe_ext.functional import outlier_exposure_loss
+
+__all__ = ["OutlierExposureLoss"]
+
+REDUCTIONS = ("none", "sum", "mean", "group_mean")
+
+
+class OutlierExposureLoss(torch.nn.Module):
+    """Cross-entropy on labelled positions plus ``alpha`` times cross-entropy to the uniform
+    distribution on outliers, in one fused operator.
+
+    See :func:`oe_ext.outlier_exposure_loss` for the formula, the shapes and the dtypes. The first
+    two arguments are those of ``pytorch_ood.loss.OutlierExposureLoss``.
+
+    Args:
+        alpha: weight of the outliers: a finite number, or a tensor that broadcasts against the
+            target. A :class:`torch.nn.Parameter` becomes a parameter of this module and is learned.
+        reduction: ``"none"`` or ``None``, ``"sum"``, ``"mean"`` or ``"group_mean"``.
+        ignore_index: positions with this label count for nothing. Default: none are ignored.
+        ood_index: the label that marks an outlier, instead of the negative numbers.
+
+    Raises:
+        ValueError: a reduction that is none of the above, or a number that is not finite.
+    """
+
+    def __init__(
+        self,
+        alpha: float | Tensor = 0.5,
+        reduction: str | None = "mean",
+        *,
+        ignore_index: int | None = None,
+        ood_index: int | None = None,
+    ) -> None:
+        super().__init__()
+        if reduction is not None and reduction not in REDUCTIONS:
+            raise ValueError(
+                f"OutlierExposureLoss: reduction must be None or one of {', '.join(REDUCTIONS)}, "
+                f"got {reduction!r}"
+            )
+        if not isinstance(alpha, Tensor) and not math.isfinite(alpha):
+            raise ValueError(f"OutlierExposureLoss: alpha must be a finite number, got {alpha}")
+        self.alpha = alpha
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.ood_index = ood_index
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of ``logits`` ``[N, C, ...]`` for the labels ``target`` ``[N, ...]``."""
+        return outlier_exposure_loss(
+            logits,
+            target,
+            self.alpha,
+            self.reduction,
+            ignore_index=self.ignore_index,
+            ood_index=self.ood_index,
+        )
+
+    def extra_repr(self) -> str:
+        if isinstance(self.alpha, Tensor) and self.alpha.numel() != 1:
+            alpha = f"Tensor of shape {list(self.alpha.shape)}"
+        else:
+            alpha = f"{float(self.alpha):g}"
+        return (
+            f"alpha={alpha}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
+            f"ood_index={self.ood_index}"
+        )

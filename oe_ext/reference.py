@@ -1,0 +1,59 @@
+"""The definition of the loss in plain torch: simple, slow, differentiable, on any device.
+
+This is what every kernel is held against, in float64. It follows the formula of Hendrycks et al.
+(arXiv 1812.04606): a row ``x`` with the distribution ``q`` loses ``logsumexp(x) - <q, x>``, where
+``q`` is one-hot for an inlier and uniform for an outlier.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["outlier_exposure_loss"]
+
+
+def outlier_exposure_loss(
+    logits: Tensor,
+    target: Tensor,
+    alpha: float | Tensor = 0.5,
+    reduction: str | None = "mean",
+    *,
+    ignore_index: int | None = None,
+    ood_index: int | None = None,
+) -> Tensor:
+    """The same arguments, shapes and result as :func:`oe_ext.outlier_exposure_loss`, in the dtype
+    of the logits (float32 for half types). Inputs are not checked."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    labels = target.long()
+    ignored = labels == ignore_index if ignore_index is not None else torch.zeros_like(labels) > 0
+    marked = labels < 0 if ood_index is None else labels == ood_index
+    outlier = marked & ~ignored
+    inlier = ~marked & ~ignored
+
+    alpha = torch.as_tensor(alpha, dtype=dtype, device=logits.device).expand(labels.shape)
+    weight = torch.where(outlier, alpha, inlier.to(dtype))
+    # A row that does not count is replaced: a NaN there would survive a product with 0.
+    counts = inlier | outlier if alpha.requires_grad else weight != 0
+    x = torch.where(counts.unsqueeze(1), logits.to(dtype), 0)
+    x = x - x.amax(dim=1, keepdim=True).detach()
+
+    # log(sum(exp(x))) - <q, x>, as a sum over the classes where q is not 0: 0 * -inf is NaN.
+    log_sum = x.exp().sum(dim=1).log()
+    at_label = x.gather(1, torch.where(inlier, labels, 0).unsqueeze(1)).squeeze(1)
+    cross_entropy = log_sum - torch.where(outlier, x.mean(dim=1), at_label)
+    loss = torch.where(counts, weight * cross_entropy, 0)
+
+    if reduction is None or reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        num_counted = (inlier | outlier).sum()
+        # 0 where all are ignored, but NaN, as any mean, where there is nothing at all
+        return loss.sum() / (num_counted.clamp(min=1) if labels.numel() > 0 else num_counted)
+    if reduction == "group_mean":
+        per_inlier = loss.where(inlier, 0).sum() / inlier.sum().clamp(min=1)
+        per_outlier = loss.where(outlier, 0).sum() / outlier.sum().clamp(min=1)
+        return per_inlier + per_outlier
+    raise ValueError(f"unknown reduction {reduction!r}")
