@@ -1,0 +1,73 @@
+"""Builds ``oe_ext._C`` with the torch of the environment that it is installed into."""
+
+import importlib.util
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_build_description():
+    """``oe_ext/_build.py``, without importing the package, which needs the library first."""
+    spec = importlib.util.spec_from_file_location("oe_ext_build", ROOT / "oe_ext" / "_build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def find_torch():
+    """Makes the environment's torch importable under build isolation; False where there is none.
+
+    pip's isolated build runs the environment's own interpreter with its site-packages hidden.
+    Requiring torch in pyproject.toml instead would compile against whatever version is newest.
+    """
+    if importlib.util.find_spec("torch") is None:
+        site = sysconfig.get_path("purelib")
+        sys.path.append(site)
+        # for the processes that ninja starts
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            path for path in (os.environ.get("PYTHONPATH"), site) if path
+        )
+        importlib.invalidate_caches()
+    return importlib.util.find_spec("torch") is not None
+
+
+def torch_arguments(build):
+    build.find_cuda_home()  # before cpp_extension looks for it
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    minimum = tuple(int(part) for part in build.MIN_TORCH.split("."))
+    if version < minimum:
+        raise RuntimeError(
+            f"oe_ext needs torch >= {build.MIN_TORCH} to build, found {torch.__version__}: "
+            f"pip install 'torch>={build.MIN_TORCH}'"
+        )
+    what = build.describe_build(ROOT)
+    extension = (CUDAExtension if what.cuda else CppExtension)(
+        "oe_ext._C",
+        what.sources,
+        extra_compile_args={"cxx": what.cxx_flags, "nvcc": what.nvcc_flags},
+        libraries=what.libraries,
+        depends=[str(path) for path in sorted((ROOT / "csrc").rglob("*.*h"))],
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension},
+        # The C++ interface of torch changes with its minor version.
+        "install_requires": [f"torch=={version[0]}.{version[1]}.*"],
+    }
+
+
+build = load_build_description()
+if find_torch():
+    setup(**torch_arguments(build))
+else:
+    requirement = f"torch>={build.MIN_TORCH}"
+    setup(setup_requires=[requirement], install_requires=[requirement])
