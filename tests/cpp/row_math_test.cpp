@@ -1,0 +1,224 @@
+// The maths of one row on the host, against sums in long double.
+#include "row_math.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "kernel_args.h"
+
+namespace oe_ext {
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+// As every kernel sums: a block of classes at a time.
+template <typename acc_t>
+RowStats<acc_t> stats_of(const std::vector<acc_t>& x) {
+  RowStats<acc_t> stats;
+  for (size_t begin = 0; begin < x.size(); begin += kClassBlock) {
+    auto block = RowStats<acc_t>::below(stats.max);
+    for (size_t i = begin; i < std::min(x.size(), begin + kClassBlock); ++i) {
+      block.push(x[i]);
+    }
+    stats.merge(block);
+  }
+  return stats;
+}
+
+template <typename acc_t>
+std::vector<acc_t> random_row(int64_t size, acc_t offset) {
+  std::mt19937 generator(42);
+  std::normal_distribution<double> normal(0, 3);
+  std::vector<acc_t> x(size);
+  std::generate(x.begin(), x.end(), [&] { return static_cast<acc_t>(normal(generator)) + offset; });
+  return x;
+}
+
+struct Expected {
+  template <typename acc_t>
+  explicit Expected(const std::vector<acc_t>& x) {
+    const long double max = *std::max_element(x.begin(), x.end());
+    long double sum_exp = 0;
+    for (const acc_t value : x) {
+      sum_exp += std::exp(static_cast<long double>(value) - max);
+      mean += static_cast<long double>(value) / x.size();
+    }
+    logsumexp = max + std::log(sum_exp);
+  }
+  long double logsumexp = 0;
+  long double mean = 0;
+};
+
+class RowStatsOfSize : public testing::TestWithParam<int64_t> {};
+
+TEST_P(RowStatsOfSize, DoubleMatchesLongDouble) {
+  for (const double offset : {0.0, 1e4, -1e4}) {
+    const auto x = random_row<double>(GetParam(), offset);
+    const auto stats = stats_of(x);
+    const Expected expected(x);
+    EXPECT_NEAR(inlier_cross_entropy(stats, x[0]), double(expected.logsumexp - x[0]), 1e-12);
+    EXPECT_NEAR(outlier_cross_entropy(stats), double(expected.logsumexp - expected.mean), 1e-12);
+  }
+}
+
+// logsumexp(x) - mean(x) would be off by 1e-3 here.
+TEST_P(RowStatsOfSize, FloatKeepsItsDigitsUnderAnOffset) {
+  for (const float offset : {0.0f, 1e4f, -1e4f}) {
+    const auto x = random_row<float>(GetParam(), offset);
+    const auto stats = stats_of(x);
+    const Expected expected(x);
+    EXPECT_NEAR(outlier_cross_entropy(stats), double(expected.logsumexp - expected.mean), 5e-6);
+    EXPECT_NEAR(inlier_cross_entropy(stats, x[0]), double(expected.logsumexp - x[0]), 5e-6);
+  }
+}
+
+TEST_P(RowStatsOfSize, PartsMergeInAnyOrder) {
+  const auto x = random_row<double>(GetParam(), 0);
+  const auto whole = stats_of(x);
+  for (const size_t parts : {2, 3, 7}) {
+    std::vector<RowStats<double>> part(parts);
+    for (size_t i = 0; i < x.size(); ++i) {
+      part[i % parts].push(x[i]);
+    }
+    RowStats<double> forward;
+    RowStats<double> backward;
+    for (size_t i = 0; i < parts; ++i) {
+      forward.merge(part[i]);
+      backward.merge(part[parts - 1 - i]);
+    }
+    for (const auto& merged : {forward, backward}) {
+      EXPECT_EQ(merged.max, whole.max);
+      EXPECT_EQ(merged.count, whole.count);
+      EXPECT_NEAR(merged.sum_exp, whole.sum_exp, 1e-12 * whole.sum_exp);
+      EXPECT_NEAR(merged.sum_shifted, whole.sum_shifted, 1e-12 * std::abs(whole.sum_shifted));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Sizes, RowStatsOfSize, testing::Values(1, 2, 3, 7, 10, 100, 1000));
+
+TEST(RowStats, PushOfSeveralIsPushOfEach) {
+  const double x[4] = {1.0, -kInf, 3.0, 2.0};
+  RowStats<double> together;
+  together.push(x);
+  const auto each = stats_of<double>({1.0, -kInf, 3.0, 2.0});
+  EXPECT_EQ(together.max, each.max);
+  EXPECT_DOUBLE_EQ(together.sum_exp, each.sum_exp);
+  EXPECT_EQ(together.sum_shifted, -kInf);
+}
+
+TEST(RowStats, MinusInfinityAnywhere) {
+  for (std::vector<double> x : {std::vector<double>{-kInf, 1, 2}, {1, -kInf, 2}, {1, 2, -kInf}}) {
+    const auto stats = stats_of(x);
+    EXPECT_NEAR(inlier_cross_entropy(stats, 2.0), std::log1p(std::exp(-1.0)), 1e-15);
+    EXPECT_EQ(inlier_cross_entropy(stats, -kInf), kInf);
+    EXPECT_EQ(outlier_cross_entropy(stats), kInf);
+  }
+}
+
+TEST(RowStats, NoSoftmaxIsNaN) {
+  const double nan = std::nan("");
+  for (std::vector<double> x : {std::vector<double>{kInf, 1, 2},
+                                {1, 2, kInf},
+                                {kInf, kInf},
+                                {nan, 1, 2},
+                                {1, 2, nan},
+                                {-kInf, -kInf}}) {
+    const auto stats = stats_of(x);
+    EXPECT_TRUE(std::isnan(inlier_cross_entropy(stats, x[1])));
+    EXPECT_TRUE(std::isnan(outlier_cross_entropy(stats)));
+  }
+}
+
+TEST(RowStats, ExtremeFiniteLogits) {
+  const float huge = 3e38f;
+  const auto stats = stats_of<float>({-huge, huge, 0});
+  EXPECT_EQ(stats.sum_exp, 1.0f);
+  EXPECT_EQ(inlier_cross_entropy(stats, huge), 0.0f);
+  EXPECT_EQ(inlier_cross_entropy(stats_of<float>({-huge, -huge}), -huge), std::log(2.0f));
+}
+
+TEST(RowGradient, IsSoftmaxMinusQ) {
+  const std::vector<double> x = {0.5, -1.0, 2.0};
+  const auto stats = stats_of(x);
+  RowGradient<double> inlier{stats.max,   stats.log_sum(), /*scale=*/2.0, /*uniform=*/0.0,
+                             /*label=*/1, /*active=*/true};
+  RowGradient<double> outlier{stats.max, stats.log_sum(), 2.0, 1.0 / 3, -1, true};
+  const Expected expected(x);
+  for (int64_t cls = 0; cls < 3; ++cls) {
+    const double softmax = std::exp(x[cls] - double(expected.logsumexp));
+    EXPECT_NEAR(inlier(x[cls], cls), 2.0 * (softmax - (cls == 1 ? 1.0 : 0.0)), 1e-15);
+    EXPECT_NEAR(outlier(x[cls], cls), 2.0 * (softmax - 1.0 / 3), 1e-15);
+  }
+  EXPECT_EQ(RowGradient<double>()(std::nan(""), 0), 0.0);
+}
+
+TEST(LabelRule, Kinds) {
+  LabelRule rule;
+  rule.num_classes = 4;
+  EXPECT_EQ(rule.kind(0), RowKind::kInlier);
+  EXPECT_EQ(rule.kind(3), RowKind::kInlier);
+  EXPECT_EQ(rule.kind(4), RowKind::kInvalid);
+  EXPECT_EQ(rule.kind(-1), RowKind::kOutlier);
+  EXPECT_EQ(rule.kind(-100), RowKind::kOutlier);
+
+  rule.has_ignore_index = true;
+  rule.ignore_index = -100;
+  EXPECT_EQ(rule.kind(-100), RowKind::kIgnored);
+  EXPECT_EQ(rule.kind(-1), RowKind::kOutlier);
+
+  rule.has_ood_index = true;
+  rule.ood_index = 254;
+  EXPECT_EQ(rule.kind(254), RowKind::kOutlier);
+  EXPECT_EQ(rule.kind(-1), RowKind::kInvalid);
+
+  rule.ood_index = 2;  // one of the classes
+  EXPECT_EQ(rule.kind(2), RowKind::kOutlier);
+  rule.ignore_index = 2;  // looked at first
+  EXPECT_EQ(rule.kind(2), RowKind::kIgnored);
+}
+
+TEST(GroupSums, Reductions) {
+  GroupSums sums;
+  sums.add(RowKind::kInlier, 1);
+  sums.add(RowKind::kInlier, 2);
+  sums.add(RowKind::kInlier, 6);
+  sums.add(RowKind::kOutlier, 10);
+  sums.add(RowKind::kIgnored, 1000);
+  EXPECT_EQ(sums.reduce(Reduction::kSum, 5), 19.0);
+  EXPECT_EQ(sums.reduce(Reduction::kMean, 5), 19.0 / 4);
+  EXPECT_EQ(sums.reduce(Reduction::kGroupMean, 5), 3.0 + 10.0);
+}
+
+TEST(GroupSums, EmptyGroups) {
+  GroupSums inliers_only;
+  inliers_only.add(RowKind::kInlier, 4);
+  EXPECT_EQ(inliers_only.reduce(Reduction::kGroupMean, 1), 4.0);
+  for (const Reduction reduction : {Reduction::kSum, Reduction::kMean, Reduction::kGroupMean}) {
+    EXPECT_EQ(GroupSums().reduce(reduction, 3), 0.0) << "all ignored";
+  }
+  EXPECT_TRUE(std::isnan(GroupSums().reduce(Reduction::kMean, 0)));
+  EXPECT_EQ(GroupSums().reduce(Reduction::kSum, 0), 0.0);
+  EXPECT_EQ(GroupSums().reduce(Reduction::kGroupMean, 0), 0.0);
+}
+
+TEST(RowLayout, OffsetsBeyond32Bits) {
+  RowLayout layout;
+  layout.num_outer = 3;
+  layout.num_inner = int64_t(1) << 20;
+  layout.num_classes = int64_t(1) << 13;
+  layout.inner_stride = 1;
+  layout.class_stride = layout.num_inner;
+  layout.outer_stride = layout.num_inner * layout.num_classes;  // 2^33
+  EXPECT_EQ(layout.row_offset(2 * layout.num_inner + 5), (int64_t(1) << 34) + 5);
+  EXPECT_EQ(layout.class_offset(8191), int64_t(8191) << 20);
+  EXPECT_TRUE(layout.rows_are_closest());
+}
+
+}  // namespace
+}  // namespace oe_ext
