@@ -35,13 +35,13 @@ ForwardResult differentiable_forward(c10::DispatchKeySet keys, const at::Tensor&
                                            options.alpha, alpha_tensor, options.reduction,
                                            options.ignore_index, options.ood_index);
   }
-  const auto& [loss, row_cross_entropy, row_max, row_log_sum, counts] = result;
+  const auto& [loss, row_cross_entropy, row_max, row_sum_exp, counts] = result;
   if (any_tangent(logits, alpha_tensor)) {
     set_tangent(loss, loss_tangent(logits, target, counts, alpha_tensor, options));
   }
   if (node) {
     node->save_inputs(logits, target, counts, alpha_tensor, std::move(options));
-    node->save_statistics(row_cross_entropy, row_max, row_log_sum);
+    node->save_statistics(row_cross_entropy, row_max, row_sum_exp);
     torch::autograd::set_history(loss, node);
   }
   return result;
@@ -92,7 +92,7 @@ at::Tensor loss_tensor_alpha_autograd(c10::DispatchKeySet keys, const at::Tensor
 
 at::Tensor backward_autograd(c10::DispatchKeySet keys, const at::Tensor& grad,
                              const at::Tensor& logits, const at::Tensor& target,
-                             const at::Tensor& row_max, const at::Tensor& row_log_sum,
+                             const at::Tensor& row_max, const at::Tensor& row_sum_exp,
                              const at::Tensor& counts, double alpha,
                              const OptionalTensor& alpha_tensor, std::string_view reduction,
                              OptionalInt ignore_index, OptionalInt ood_index) {
@@ -105,7 +105,7 @@ at::Tensor backward_autograd(c10::DispatchKeySet keys, const at::Tensor& grad,
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     grad_logits = backward_operator().redispatch(keys & c10::after_autograd_keyset, grad, logits,
-                                                 target, row_max, row_log_sum, counts, alpha,
+                                                 target, row_max, row_sum_exp, counts, alpha,
                                                  alpha_tensor, reduction, ignore_index, ood_index);
   }
   const LossOptions options{alpha, std::string(reduction), ignore_index, ood_index};

@@ -133,7 +133,7 @@ inline void check_labels(int64_t bad_row, const Labels& labels, const at::Tensor
 // What the backward operator is given beside the inputs of the loss.
 inline void check_backward(const at::Tensor& grad, const at::Tensor& logits,
                            const at::Tensor& target, const at::Tensor& row_max,
-                           const at::Tensor& row_log_sum, const at::Tensor& counts,
+                           const at::Tensor& row_sum_exp, const at::Tensor& counts,
                            Reduction reduction) {
   const auto check_stat = [&](const at::Tensor& stat, std::string_view name) {
     TORCH_CHECK(
@@ -143,7 +143,7 @@ inline void check_backward(const at::Tensor& grad, const at::Tensor& logits,
     check_same_device(logits, stat, name);
   };
   check_stat(row_max, "row_max");
-  check_stat(row_log_sum, "row_log_sum");
+  check_stat(row_sum_exp, "row_sum_exp");
   TORCH_CHECK(
       reduction == Reduction::kNone ? grad.sym_sizes().equals(target.sym_sizes()) : grad.dim() == 0,
       "_outlier_exposure_loss_backward: grad must have the shape of the loss, got ",

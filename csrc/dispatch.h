@@ -20,7 +20,7 @@ using LossTensorAlphaSignature = at::Tensor(const at::Tensor& logits, const at::
                                             const at::Tensor& alpha, std::string_view reduction,
                                             OptionalInt ignore_index, OptionalInt ood_index);
 
-// loss, row_cross_entropy, row_max, row_log_sum, counts
+// loss, row_cross_entropy, row_max, row_sum_exp, counts
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using ForwardSignature = ForwardResult(const at::Tensor& logits, const at::Tensor& target,
                                        double alpha, const OptionalTensor& alpha_tensor,
@@ -29,7 +29,7 @@ using ForwardSignature = ForwardResult(const at::Tensor& logits, const at::Tenso
 
 using BackwardSignature = at::Tensor(const at::Tensor& grad, const at::Tensor& logits,
                                      const at::Tensor& target, const at::Tensor& row_max,
-                                     const at::Tensor& row_log_sum, const at::Tensor& counts,
+                                     const at::Tensor& row_sum_exp, const at::Tensor& counts,
                                      double alpha, const OptionalTensor& alpha_tensor,
                                      std::string_view reduction, OptionalInt ignore_index,
                                      OptionalInt ood_index);

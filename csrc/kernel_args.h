@@ -96,7 +96,7 @@ struct ForwardArgs {
   acc_t* row_loss = nullptr;           // the weighted loss; 0 where a row does not count
   acc_t* row_cross_entropy = nullptr;  // the same, not weighted; or null
   acc_t* row_max = nullptr;            // for the backward; or null
-  acc_t* row_log_sum = nullptr;        // for the backward; or null
+  acc_t* row_sum_exp = nullptr;        // for the backward; or null
 
   // Does the loss depend on the logits of this row?
   C10_HOST_DEVICE bool is_active(int64_t row, RowKind kind) const {
@@ -122,7 +122,7 @@ struct ForwardArgs {
     }
     if (row_max != nullptr) {
       row_max[row] = active ? stats.max : acc_t(0);
-      row_log_sum[row] = active ? stats.log_sum() : acc_t(0);
+      row_sum_exp[row] = active ? stats.sum_exp : acc_t(0);
     }
   }
 };
@@ -158,7 +158,7 @@ struct BackwardArgs {
   Reduction reduction = Reduction::kMean;
   PerRow<acc_t> grad;                  // the upstream gradient
   const acc_t* row_max = nullptr;      // [num_rows]
-  const acc_t* row_log_sum = nullptr;  // [num_rows]
+  const acc_t* row_sum_exp = nullptr;  // [num_rows]
   const int64_t* counts = nullptr;     // inliers, outliers; null for sum and none
 
   C10_HOST_DEVICE RowGradient<acc_t> row_gradient(int64_t row, int64_t label, RowKind kind) const {
@@ -174,7 +174,7 @@ struct BackwardArgs {
     }
     const bool outlier = kind == RowKind::kOutlier;
     result.max = row_max[row];
-    result.log_sum = row_log_sum[row];
+    result.inverse_sum = acc_t(1) / row_sum_exp[row];
     result.scale =
         weight * grad[row] / static_cast<acc_t>(reduction_divisor(reduction, kind, group_counts));
     result.uniform = outlier ? acc_t(1) / static_cast<acc_t>(layout.num_classes) : acc_t(0);

@@ -18,18 +18,18 @@ TORCH_LIBRARY(oe_ext, m) {
   // The loss with what its backward needs. Where alpha_tensor is given, it stands for alpha.
   //   row_cross_entropy  shape of target: the loss before its weight, for the gradient of
   //                      alpha_tensor; empty without one
-  //   row_max, row_log_sum  shape of target: logsumexp = row_max + row_log_sum
+  //   row_max, row_sum_exp  shape of target: the maximum, and the sum of exp(logit - maximum)
   //   counts             int64 [2]: positions of inliers and of outliers; empty for "none"
   m.def(
       "_outlier_exposure_loss_forward(Tensor logits, Tensor target, float alpha, "
       "Tensor? alpha_tensor, str reduction, int? ignore_index, int? ood_index) -> "
-      "(Tensor loss, Tensor row_cross_entropy, Tensor row_max, Tensor row_log_sum, Tensor counts)",
+      "(Tensor loss, Tensor row_cross_entropy, Tensor row_max, Tensor row_sum_exp, Tensor counts)",
       tags);
 
   // The gradient with respect to the logits.
   m.def(
       "_outlier_exposure_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor row_max, "
-      "Tensor row_log_sum, Tensor counts, float alpha, Tensor? alpha_tensor, str reduction, "
+      "Tensor row_sum_exp, Tensor counts, float alpha, Tensor? alpha_tensor, str reduction, "
       "int? ignore_index, int? ood_index) -> Tensor",
       tags);
 }

@@ -41,12 +41,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_m
 }
 
 at::Tensor backward_meta(const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& target,
-                         const at::Tensor& row_max, const at::Tensor& row_log_sum,
+                         const at::Tensor& row_max, const at::Tensor& row_sum_exp,
                          const at::Tensor& counts, double alpha, const OptionalTensor& alpha_tensor,
                          std::string_view reduction, OptionalInt, OptionalInt) {
   check_inputs(logits, target);
   check_alpha(logits, target, alpha, alpha_tensor);
-  check_backward(grad, logits, target, row_max, row_log_sum, counts, parse_reduction(reduction));
+  check_backward(grad, logits, target, row_max, row_sum_exp, counts, parse_reduction(reduction));
   return at::empty_like(logits);
 }
 

@@ -49,10 +49,10 @@ void LossNode::release_variables() {
 
 void OutlierExposureLossBackward0::save_statistics(const at::Tensor& row_cross_entropy,
                                                    const at::Tensor& row_max,
-                                                   const at::Tensor& row_log_sum) {
+                                                   const at::Tensor& row_sum_exp) {
   saved_[kRowCrossEntropy] = save(row_cross_entropy);
   saved_[kRowMax] = save(row_max);
-  saved_[kRowLogSum] = save(row_log_sum);
+  saved_[kRowSumExp] = save(row_sum_exp);
 }
 
 variable_list OutlierExposureLossBackward0::apply(variable_list&& grads) {
@@ -68,7 +68,7 @@ variable_list OutlierExposureLossBackward0::apply(variable_list&& grads) {
   const OptionalTensor alpha = unpack_alpha();
   if (task_should_compute_output(0)) {
     result[0] = backward_operator().call(
-        grad, logits, target, saved_[kRowMax].unpack(), saved_[kRowLogSum].unpack(), counts,
+        grad, logits, target, saved_[kRowMax].unpack(), saved_[kRowSumExp].unpack(), counts,
         options_.alpha, alpha, options_.reduction, options_.ignore_index, options_.ood_index);
   }
   if (alpha.has_value() && task_should_compute_output(1)) {

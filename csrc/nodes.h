@@ -39,10 +39,10 @@ struct OutlierExposureLossBackward0 : LossNode {
   std::string name() const override { return "OutlierExposureLossBackward0"; }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
   void save_statistics(const at::Tensor& row_cross_entropy, const at::Tensor& row_max,
-                       const at::Tensor& row_log_sum);
+                       const at::Tensor& row_sum_exp);
 
  private:
-  enum OwnSlot { kRowCrossEntropy = kFirstOwn, kRowMax, kRowLogSum };
+  enum OwnSlot { kRowCrossEntropy = kFirstOwn, kRowMax, kRowSumExp };
 };
 
 // The backward of the backward operator. Next edges: grad, logits, alpha.

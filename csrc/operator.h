@@ -101,13 +101,13 @@ struct Operator {
 
   static at::Tensor backward(const at::Tensor& grad, const at::Tensor& logits,
                              const at::Tensor& target, const at::Tensor& row_max,
-                             const at::Tensor& row_log_sum, const at::Tensor& counts, double alpha,
+                             const at::Tensor& row_sum_exp, const at::Tensor& counts, double alpha,
                              const OptionalTensor& alpha_tensor, std::string_view reduction_name,
                              OptionalInt ignore_index, OptionalInt ood_index) {
     const Reduction reduction = parse_reduction(reduction_name);
     check_inputs(logits, target);
     check_alpha(logits, target, alpha, alpha_tensor);
-    check_backward(grad, logits, target, row_max, row_log_sum, counts, reduction);
+    check_backward(grad, logits, target, row_max, row_sum_exp, counts, reduction);
     const c10::DeviceGuard guard(logits.device());
 
     at::Tensor grad_logits = at::empty_like(logits);
@@ -118,7 +118,7 @@ struct Operator {
     const RowView output = rows_to_write(grad_logits);
     const at::Tensor labels = target.contiguous();
     const at::Tensor maxima = row_max.contiguous();
-    const at::Tensor log_sums = row_log_sum.contiguous();
+    const at::Tensor sums_exp = row_sum_exp.contiguous();
     const at::Tensor group_counts = counts.contiguous();
     const at::ScalarType dtype = loss_dtype(logits);
     const RowVector upstream(grad, target, dtype);
@@ -140,7 +140,7 @@ struct Operator {
           args.reduction = reduction;
           args.grad = upstream.template per_row<acc_t>();
           args.row_max = maxima.template const_data_ptr<acc_t>();
-          args.row_log_sum = log_sums.template const_data_ptr<acc_t>();
+          args.row_sum_exp = sums_exp.template const_data_ptr<acc_t>();
           args.counts = reduction == Reduction::kNone
                             ? nullptr
                             : group_counts.template const_data_ptr<int64_t>();
@@ -191,7 +191,7 @@ struct Operator {
     at::Tensor row_cross_entropy =
         save_for_backward ? empty_unless(save_cross_entropy) : at::Tensor();
     at::Tensor row_max = save_for_backward ? empty_unless(true) : at::Tensor();
-    at::Tensor row_log_sum = save_for_backward ? empty_unless(true) : at::Tensor();
+    at::Tensor row_sum_exp = save_for_backward ? empty_unless(true) : at::Tensor();
     at::Tensor counts = at::empty({reduces ? 2 : 0}, options.dtype(at::kLong));
     at::Tensor loss = reduces ? at::empty({}, options) : row_loss;
 
@@ -216,7 +216,7 @@ struct Operator {
           }
           if (save_for_backward) {
             args.row_max = row_max.template mutable_data_ptr<acc_t>();
-            args.row_log_sum = row_log_sum.template mutable_data_ptr<acc_t>();
+            args.row_sum_exp = row_sum_exp.template mutable_data_ptr<acc_t>();
           }
           if (target.numel() > 0) {
             check_labels(Backend::forward(args), args.labels, target);
@@ -232,7 +232,7 @@ struct Operator {
             Backend::reduce(reduce_args);
           }
         });
-    return {loss, row_cross_entropy, row_max, row_log_sum, counts};
+    return {loss, row_cross_entropy, row_max, row_sum_exp, counts};
   }
 };
 

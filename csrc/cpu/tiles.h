@@ -75,6 +75,32 @@ void for_each_logit(const RowLayout& layout, const Tile& tile, int64_t class_beg
   }
 }
 
+template <typename acc_t>
+using TileStats = std::array<RowStats<acc_t>, kMaxTileRows>;
+
+// Adds the logits of a range of classes to sums that start out empty and know their maximum. The
+// halves of a long range are summed apart: the error of a sum of C terms then grows with
+// kClassBlock + log2(C), not with C. The walk over memory stays in its order.
+template <typename acc_t, typename Load>
+void add_classes(const RowLayout& layout, const Tile& tile, int64_t begin, int64_t end,
+                 const Load& load, TileStats<acc_t>& stats) {
+  if (end - begin <= kClassBlock) {
+    for_each_logit(layout, tile, begin, end,
+                   [&](int64_t i, int64_t cls) { stats[i].add(load(i, cls)); });
+    return;
+  }
+  const int64_t middle = begin + (end - begin) / 2;
+  TileStats<acc_t> second_half;
+  for (int64_t i = 0; i < tile.size; ++i) {
+    second_half[i] = RowStats<acc_t>::below(stats[i].max);
+  }
+  add_classes(layout, tile, begin, middle, load, stats);
+  add_classes(layout, tile, middle, end, load, second_half);
+  for (int64_t i = 0; i < tile.size; ++i) {
+    stats[i].merge(second_half[i]);
+  }
+}
+
 // Reads a tile twice, the second time from cache: for the maxima, then for the sums.
 template <typename scalar_t, typename acc_t>
 void forward_tile(const ForwardArgs<scalar_t, acc_t>& args, Tile& tile) {
@@ -87,22 +113,12 @@ void forward_tile(const ForwardArgs<scalar_t, acc_t>& args, Tile& tile) {
     tile.active[i] = args.is_active(tile.first_row + i, tile.kind[i]);
   }
 
-  std::array<RowStats<acc_t>, kMaxTileRows> stats;
+  TileStats<acc_t> stats;
   for_each_logit(layout, tile, 0, layout.num_classes, [&](int64_t i, int64_t cls) {
     const acc_t x = load(i, cls);
     stats[i].max = stats[i].raised_by(x) ? x : stats[i].max;
   });
-  for (int64_t begin = 0; begin < layout.num_classes; begin += kClassBlock) {
-    std::array<RowStats<acc_t>, kMaxTileRows> block;
-    for (int64_t i = 0; i < tile.size; ++i) {
-      block[i] = RowStats<acc_t>::below(stats[i].max);
-    }
-    for_each_logit(layout, tile, begin, std::min(begin + kClassBlock, layout.num_classes),
-                   [&](int64_t i, int64_t cls) { block[i].add(load(i, cls)); });
-    for (int64_t i = 0; i < tile.size; ++i) {
-      stats[i].merge(block[i]);
-    }
-  }
+  add_classes(layout, tile, 0, layout.num_classes, load, stats);
   for (int64_t i = 0; i < tile.size; ++i) {
     args.write_row(tile.first_row + i, tile.label[i], tile.kind[i], stats[i]);
   }

@@ -14,7 +14,7 @@ constexpr int kClassesAtOnce = 4;
 //              classes in their order, kClassesAtOnce at a time. Threads stride over the rows.
 // Reads:       logits, 1 pass, coalesced where the row stride is 1, and the one at the label again;
 //              labels and alpha [num_rows]
-// Writes:      row_loss; row_cross_entropy, row_max, row_log_sum where asked for; [num_rows]
+// Writes:      row_loss; row_cross_entropy, row_max, row_sum_exp where asked for; [num_rows]
 // Shared mem:  none     Sync: none
 // Numerics:    acc_t; a running maximum and sums relative to it. -inf and NaN: see RowStats
 // Assumes:     nothing

@@ -64,7 +64,7 @@ __device__ RowStats<acc_t> lane_stats(const ForwardArgs<scalar_t, acc_t>& args, 
 //              the classes that fill no vector, one by one. Teams stride over the rows.
 // Reads:       logits [num_rows, num_classes], 1 pass, and the one at the label again;
 //              labels and alpha [num_rows]
-// Writes:      row_loss; row_cross_entropy, row_max, row_log_sum where asked for; [num_rows]
+// Writes:      row_loss; row_cross_entropy, row_max, row_sum_exp where asked for; [num_rows]
 // Shared mem:  none for a warp; merge_block's for a block
 // Sync:        shuffles within a warp; merge_block's two barriers, which the whole block reaches,
 //              since all its threads hold the same row

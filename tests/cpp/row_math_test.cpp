@@ -148,7 +148,7 @@ TEST(RowGradient, IsSoftmaxMinusQ) {
   const auto stats = stats_of(x);
   RowGradient<double> inlier{stats.max,   stats.log_sum(), /*scale=*/2.0, /*uniform=*/0.0,
                              /*label=*/1, /*active=*/true};
-  RowGradient<double> outlier{stats.max, stats.log_sum(), 2.0, 1.0 / 3, -1, true};
+  RowGradient<double> outlier{stats.max, 1 / stats.sum_exp, 2.0, 1.0 / 3, -1, true};
   const Expected expected(x);
   for (int64_t cls = 0; cls < 3; ++cls) {
     const double softmax = std::exp(x[cls] - double(expected.logsumexp));
