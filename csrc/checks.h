@@ -34,6 +34,8 @@ inline at::ScalarType loss_dtype(const at::Tensor& logits) {
 }
 
 inline void check_dtypes(const at::Tensor& logits, const at::Tensor& target) {
+  TORCH_CHECK_TYPE(logits.defined(), "outlier_exposure_loss: logits must be a tensor, got None");
+  TORCH_CHECK_TYPE(target.defined(), "outlier_exposure_loss: target must be a tensor, got None");
   const auto is_logits_dtype = [](at::ScalarType dtype) {
     return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
            dtype == at::kBFloat16;

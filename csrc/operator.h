@@ -13,6 +13,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "checks.h"
@@ -51,12 +52,16 @@ inline Labels make_labels(const at::Tensor& contiguous_target, int64_t num_class
 
 // A tensor that broadcasts against `target`, in the dtype of the arithmetic. One value stays one
 // value (an expanded gradient, a scalar alpha); anything else is laid out row by row.
-struct RowVector {
-  RowVector(const at::Tensor& values, const at::Tensor& target, at::ScalarType dtype) {
-    const bool one_value = values.numel() == 1 || all_strides_zero(values);
-    tensor_ = one_value ? values.as_strided({}, {}) : values.expand(target.sizes());
-    tensor_ = tensor_.to(dtype).contiguous();
-    stride_ = one_value ? 0 : 1;
+class RowVector {
+ public:
+  RowVector(const at::Tensor& values, const at::Tensor& target, at::ScalarType dtype)
+      : tensor_(values), stride_(is_one_value(values) ? 0 : 1) {
+    if (stride_ != 0) {
+      tensor_ = tensor_.expand(target.sizes()).contiguous();
+    }
+    if (tensor_.scalar_type() != dtype) {
+      tensor_ = tensor_.to(dtype);
+    }
   }
 
   template <typename acc_t>
@@ -65,11 +70,11 @@ struct RowVector {
   }
 
  private:
-  static bool all_strides_zero(const at::Tensor& values) {
-    for (const int64_t stride : values.strides()) {
-      if (stride != 0) return false;
-    }
-    return values.numel() > 0;
+  static bool is_one_value(const at::Tensor& values) {
+    const auto strides = values.strides();
+    return values.numel() == 1 ||
+           (values.numel() > 0 && std::all_of(strides.begin(), strides.end(),
+                                              [](int64_t stride) { return stride == 0; }));
   }
 
   at::Tensor tensor_;

@@ -142,7 +142,7 @@ def describe_build(root: Path) -> Build:
     define_flags.append(f"-DOE_EXT_TORCH_VERSION={torch.__version__}")
     # Known to the C++ compiler alone: nvcc takes a comma for the end of a definition.
     host_define_flags = []
-    if cuda:
+    if cuda and torch.version.cuda is not None:
         major, minor = torch.version.cuda.split(".")[:2]
         host_define_flags = [
             f"-DOE_EXT_WITH_CUDA={int(major) * 1000 + int(minor) * 10}",

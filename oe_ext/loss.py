@@ -23,7 +23,8 @@ class OutlierExposureLoss(torch.nn.Module):
 
     Args:
         alpha: weight of the outliers: a finite number, or a tensor that broadcasts against the
-            target. A :class:`torch.nn.Parameter` becomes a parameter of this module and is learned.
+            target. A :class:`torch.nn.Parameter` becomes a parameter of this module and is
+            learned; another tensor becomes a buffer.
         reduction: ``"none"`` or ``None``, ``"sum"``, ``"mean"`` or ``"group_mean"``.
         ignore_index: positions with this label count for nothing. Default: none are ignored.
         ood_index: the label that marks an outlier, instead of the negative numbers.
@@ -31,6 +32,8 @@ class OutlierExposureLoss(torch.nn.Module):
     Raises:
         ValueError: a reduction that is none of the above, or a number that is not finite.
     """
+
+    alpha: float | Tensor
 
     def __init__(
         self,
@@ -48,7 +51,10 @@ class OutlierExposureLoss(torch.nn.Module):
             )
         if not isinstance(alpha, Tensor) and not math.isfinite(alpha):
             raise ValueError(f"OutlierExposureLoss: alpha must be a finite number, got {alpha}")
-        self.alpha = alpha
+        if isinstance(alpha, Tensor) and not isinstance(alpha, torch.nn.Parameter):
+            self.register_buffer("alpha", alpha)  # moves with the module
+        else:
+            self.alpha = alpha
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.ood_index = ood_index
@@ -65,10 +71,12 @@ class OutlierExposureLoss(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        if isinstance(self.alpha, Tensor) and self.alpha.numel() != 1:
-            alpha = f"Tensor of shape {list(self.alpha.shape)}"
+        if not isinstance(self.alpha, Tensor):
+            alpha = f"{self.alpha:g}"
+        elif self.alpha.numel() == 1 and not self.alpha.is_meta:
+            alpha = f"{self.alpha.item():g}"
         else:
-            alpha = f"{float(self.alpha):g}"
+            alpha = f"Tensor of shape {list(self.alpha.shape)}"
         return (
             f"alpha={alpha}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
             f"ood_index={self.ood_index}"

@@ -11,7 +11,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INT_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 
 # By code path: one class; fewer than a vector of any dtype; a prime; one below and one above a
-# vector; around eight class blocks of 16; a row that takes a warp at most, and one that takes a block.
+# vector; around eight class blocks of 16; a row that takes a warp at most, and one that takes a
+# block.
 CLASS_COUNTS = [1, 2, 3, 7, 9, 16, 127, 129, 1000, 1031]
 
 SHAPES = {

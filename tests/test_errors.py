@@ -61,8 +61,12 @@ def test_rank_of_logits(shape):
     ],
 )
 def test_shape_of_target(logits_shape, target_shape, expected):
-    with raises(ValueError, f"target must have shape {expected}", f"got {list(target_shape)}",
-                str(list(logits_shape))):
+    with raises(
+        ValueError,
+        f"target must have shape {expected}",
+        f"got {list(target_shape)}",
+        str(list(logits_shape)),
+    ):
         outlier_exposure_loss(torch.zeros(logits_shape), torch.zeros(target_shape).long())
 
 
@@ -93,12 +97,21 @@ def test_dtype_of_logits(dtype, name):
         outlier_exposure_loss(LOGITS.to(dtype), TARGET)
 
 
+def test_none():
+    with raises(TypeError, "logits must be a tensor", "None"):
+        outlier_exposure_loss(None, TARGET)
+    with raises(TypeError, "target must be a tensor", "None"):
+        outlier_exposure_loss(LOGITS, None)
+
+
 def test_devices_differ():
     with raises(RuntimeError, "same device", "cpu", "meta"):
         outlier_exposure_loss(LOGITS.to("meta"), TARGET)
     with raises(RuntimeError, "same device", "alpha", "cpu", "meta"):
         outlier_exposure_loss(
-            LOGITS.to("meta"), TARGET.to("meta"), torch.ones(()),
+            LOGITS.to("meta"),
+            TARGET.to("meta"),
+            torch.ones(()),
         )
 
 
@@ -149,10 +162,14 @@ def test_backward_operator_checks_its_inputs():
     backward = torch.ops.oe_ext._outlier_exposure_loss_backward
     options = (0.5, None, "mean", None, None)
     loss, _, row_max, row_sum_exp, counts = forward(LOGITS, TARGET, *options)
-    tensors = dict(
-        grad=loss, logits=LOGITS, target=TARGET, row_max=row_max, row_sum_exp=row_sum_exp,
-        counts=counts,
-    )
+    tensors = {
+        "grad": loss,
+        "logits": LOGITS,
+        "target": TARGET,
+        "row_max": row_max,
+        "row_sum_exp": row_sum_exp,
+        "counts": counts,
+    }
     names = ["alpha", "alpha_tensor", "reduction", "ignore_index", "ood_index"]
     tensors.update(zip(names, options, strict=True))
     assert backward(**tensors).shape == LOGITS.shape

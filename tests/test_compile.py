@@ -1,0 +1,134 @@
+"""torch.compile, torch.export, compiled autograd, and opcheck on every operator."""
+
+import pytest
+import torch
+from inputs import IGNORE, REDUCTIONS, make_logits, make_target
+from torch.library import opcheck
+
+from oe_ext import outlier_exposure_loss
+
+FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward
+BACKWARD = torch.ops.oe_ext._outlier_exposure_loss_backward
+
+
+def grad_of(function, logits, *args):
+    logits = logits.detach().requires_grad_()
+    loss = function(logits, *args)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    return loss.detach(), grad
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(8, 5), (2, 5, 4, 3)])
+@pytest.mark.parametrize("alpha", ["number", "tensor"])
+def test_fullgraph(device, shape, reduction, alpha):
+    logits = make_logits(shape, torch.float32, device)
+    target = make_target(shape, device=device)
+    alpha = 0.7 if alpha == "number" else torch.tensor(0.7, device=device)
+
+    def function(x, y):
+        return outlier_exposure_loss(x * 2, y, alpha, reduction, ignore_index=IGNORE)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(grad_of(compiled, logits, target), grad_of(function, logits, target))
+
+
+def test_inductor(device):
+    """The default backend, which compiles C++ of its own around the operator."""
+    logits = make_logits((8, 5), torch.float32, device)
+    target = make_target((8, 5), device=device)
+
+    def function(x, y):
+        return outlier_exposure_loss(x.sin(), y, 0.5, "group_mean") * 2
+
+    compiled = torch.compile(function, fullgraph=True)
+    torch.testing.assert_close(grad_of(compiled, logits, target), grad_of(function, logits, target))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 3, 4)])
+def test_dynamic_shapes_recompile_once_at_most(device, shape):
+    compiled = torch.compile(outlier_exposure_loss, fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for num_rows in (4, 7, 9, 16):
+        case = (num_rows, *shape)
+        logits, target = make_logits(case, device=device), make_target(case, device=device)
+        expected = grad_of(outlier_exposure_loss, logits, target)
+        torch.testing.assert_close(grad_of(compiled, logits, target), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_compiled_autograd(device):
+    logits = make_logits((8, 5), device=device).requires_grad_()
+    target = make_target((8, 5), device=device)
+    alpha = torch.rand(8, dtype=torch.float64, device=device).requires_grad_()
+    expected = torch.autograd.grad(outlier_exposure_loss(logits, target, alpha), (logits, alpha))
+
+    def compiler(graph):
+        return torch.compile(graph, backend="aot_eager", fullgraph=True)
+
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        outlier_exposure_loss(logits, target, alpha).backward()
+    torch.testing.assert_close((logits.grad, alpha.grad), expected)
+
+
+def test_export_with_a_dynamic_batch():
+    class Model(torch.nn.Module):
+        def forward(self, logits, target):
+            return outlier_exposure_loss(logits, target, 0.5, "group_mean")
+
+    shape = (8, 5, 3)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(
+        Model(), (make_logits(shape), make_target(shape)), dynamic_shapes=({0: batch}, {0: batch})
+    )
+    assert "oe_ext.outlier_exposure_loss" in program.graph_module.code
+    other = (13, 5, 3)
+    logits, target = make_logits(other), make_target(other)
+    expected = outlier_exposure_loss(logits, target, 0.5, "group_mean")
+    torch.testing.assert_close(program.module()(logits, target), expected)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 4, 3)])
+def test_opcheck(device, shape, dtype, reduction):
+    """Schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
+    logits = make_logits(shape, dtype, device).requires_grad_()
+    target = make_target(shape, device=device)
+    marks = {"ignore_index": IGNORE, "ood_index": None}
+    alpha = torch.tensor(0.7, device=device, requires_grad=True)
+    operator = torch.ops.oe_ext.outlier_exposure_loss
+    opcheck(operator.default, (logits, target, 0.5, reduction), marks)
+    opcheck(operator.tensor_alpha, (logits, target, alpha, reduction), marks)
+
+    for weight in (None, alpha.detach()):
+        options = (0.5, weight, reduction, IGNORE, None)
+        arguments = (logits.detach(), target, *options)
+        opcheck(FORWARD.default, arguments)
+        loss, _, *statistics = FORWARD(*arguments)
+        opcheck(
+            BACKWARD.default,
+            (torch.ones_like(loss).requires_grad_(), logits, target, *statistics, *options),
+        )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_opcheck_memory_formats(device, layout):
+    logits = make_logits((2, 5, 4, 3), torch.float32, device).to(memory_format=layout)
+    target = make_target((2, 5, 4, 3), device=device)
+    opcheck(torch.ops.oe_ext.outlier_exposure_loss.default, (logits.requires_grad_(), target))
+
+
+def test_autocast_reads_half_logits_natively():
+    logits = make_logits((6, 5), torch.bfloat16).requires_grad_()
+    target = make_target((6, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = outlier_exposure_loss(logits, target)
+    assert loss.dtype == torch.float32
+    assert loss.grad_fn.name() == "OutlierExposureLossBackward0"
+    assert loss.grad_fn.next_functions[0][0].variable is logits, "no cast in between"

@@ -1,0 +1,118 @@
+"""Finding, checking and loading the library; what a user sees where that fails."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import oe_ext
+from oe_ext import _ext
+
+PACKAGE = Path(oe_ext.__file__).parent
+
+
+def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter whose ``oe_ext`` is the one in ``cwd``, if there is one."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("OE_EXT_")}
+    env |= {"PYTHONPATH": str(cwd), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def installed_copy(tmp_path):
+    """The package as an installed wheel has it: the library, but no csrc/ beside it."""
+    assert _ext.prebuilt_library() is not None, "build it first: make build"
+    shutil.copytree(PACKAGE, tmp_path / "oe_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_the_library_knows_its_torch():
+    library = _ext.prebuilt_library() or Path(_ext.module.__file__)
+    assert _ext.built_with_torch(library) == torch.__version__
+    info = _ext.module.build_info()
+    assert info["torch"] == torch.__version__
+    assert info["compiler"].startswith(("g++", "clang"))
+
+
+def test_an_installed_copy_works(installed_copy):
+    done = python("import oe_ext; print(oe_ext.__file__, oe_ext._ext.origin)", installed_copy)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(str(installed_copy)) == 2
+
+
+def test_another_torch_is_named(installed_copy):
+    """The library is not loaded, which could crash: its file says what it was built with."""
+    library = next((installed_copy / "oe_ext").glob("_C*.so"))
+    marker = b"oe_ext-built-with-torch="
+    content = library.read_bytes()
+    version = torch.__version__.encode()
+    other = b"9.9" + version[3:]
+    assert content.count(marker + version) == 1
+    library.write_bytes(content.replace(marker + version, marker + other))
+    done = python("import oe_ext", installed_copy)
+    assert done.returncode == 1
+    assert "ImportError" in done.stderr
+    for part in (
+        f"built with torch {other.decode()}",
+        f"torch {torch.__version__} is installed",
+        "pip install --no-build-isolation",
+    ):
+        assert part in done.stderr
+
+
+def test_a_broken_library_is_reported_and_not_hidden(installed_copy):
+    library = next((installed_copy / "oe_ext").glob("_C*.so"))
+    library.write_bytes(b"oe_ext-built-with-torch=" + torch.__version__.encode() + b"\0")
+    done = python("import oe_ext", installed_copy)
+    assert done.returncode == 1
+    assert "was found but could not be loaded" in done.stderr
+    assert "pip install --no-build-isolation" in done.stderr
+
+
+def test_no_library_and_no_sources(installed_copy):
+    next((installed_copy / "oe_ext").glob("_C*.so")).unlink()
+    done = python("import oe_ext", installed_copy)
+    assert done.returncode == 1
+    assert "has no compiled library" in done.stderr
+    assert "editable checkout" in done.stderr
+
+
+def test_jit_without_sources_says_so(installed_copy):
+    done = python("import oe_ext", installed_copy, OE_EXT_JIT="1")
+    assert done.returncode == 1
+    assert "OE_EXT_JIT=1" in done.stderr
+    assert "holds no csrc/ folder" in done.stderr
+
+
+def test_operators_that_exist_are_not_registered_again(installed_copy):
+    """A second registration would abort the process."""
+    code = (
+        "import sys, torch, pathlib\n"
+        "torch.ops.load_library(str(next(pathlib.Path('oe_ext').glob('_C*.so'))))\n"
+        "import oe_ext\n"
+        "print(oe_ext._ext.origin)\n"
+        "print(oe_ext.outlier_exposure_loss(torch.zeros(2, 4), torch.tensor([0, -1])).item())\n"
+    )
+    done = python(code, installed_copy)
+    assert done.returncode == 0, done.stderr
+    assert "registered by another library" in done.stdout
+    assert done.stdout.splitlines()[1].startswith("1.0397")
+
+
+def test_loading_again_does_nothing():
+    module = _ext.module
+    _ext.load()
+    assert _ext.module is module
+
+
+def test_collect_env():
+    done = python("from oe_ext import collect_env; collect_env.main()", PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    for part in (oe_ext.__version__, torch.__version__, "library", "kernels", "CPU capability"):
+        assert part in done.stdout

@@ -1,0 +1,141 @@
+"""Accuracy as a budget, independent oracles, and the same bits every time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inputs import LAYOUTS, REDUCTIONS, make_logits, make_target
+from oracles import exact, loss_and_grad, max_error
+
+from oe_ext import outlier_exposure_loss, reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(50, 7), (4, 19, 8, 8)])
+def test_outlier_rows_are_label_smoothing_of_1(device, shape, dtype):
+    """An oracle that shares no code with the reference."""
+    logits = make_logits(shape, dtype, device)
+    target = make_target(shape, "outliers", device=device)
+    ours = loss_and_grad(outlier_exposure_loss, logits, target, alpha=1.0)
+    theirs = loss_and_grad(F.cross_entropy, logits, target.clamp(min=0), label_smoothing=1.0)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=0)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=tolerance, atol=tolerance * 1e-2)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_inlier_rows_are_cross_entropy(device, reduction):
+    shape = (4, 9, 5, 6)
+    logits = make_logits(shape, device=device)
+    target = make_target(shape, "inliers", device=device)
+    weight = torch.rand(target.shape, device=device).double() if reduction == "none" else None
+    ours = loss_and_grad(outlier_exposure_loss, logits, target, 0.5, reduction, weight=weight)
+    theirs = loss_and_grad(F.cross_entropy, logits, target, reduction=reduction, weight=weight)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+def torch_eager(logits, target, alpha=0.5, reduction="mean"):
+    """What a PyTorch user would write, in the dtype of the logits, from torch's own kernels."""
+    outlier = target < 0
+    per_row = torch.where(
+        outlier,
+        alpha * F.cross_entropy(logits, target.clamp(min=0), reduction="none", label_smoothing=1.0),
+        F.cross_entropy(logits, target.clamp(min=0), reduction="none"),
+    )
+    return per_row if reduction == "none" else per_row.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(256, 10), (64, 1000), (2, 19, 16, 16)])
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_error_is_no_larger_than_torchs(device, shape, dtype, scale):
+    logits = make_logits(shape, dtype, device, scale=scale)
+    target = make_target(shape, device=device)
+    ours = loss_and_grad(outlier_exposure_loss, logits, target, reduction="none")
+    theirs = loss_and_grad(torch_eager, logits, target, reduction="none")
+    truth = exact(logits, target, reduction="none")
+    for our, their, true in zip(ours, theirs, truth, strict=True):
+        # float32 has one rounding more to spare: the last one, which goes either way.
+        ulp = torch.finfo(torch.float32).eps * true.abs().max().item()
+        assert max_error(our, true) <= max_error(their, true) + ulp
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_half_gradients_are_rounded_once(device, dtype, layout):
+    """In at least 99.9 % of the elements: equal to the float64 gradient, correctly rounded."""
+    shape = (512, 100)
+    logits = LAYOUTS[layout](make_logits(shape, dtype, device))
+    target = make_target(shape, device=device)
+    _, grad = loss_and_grad(outlier_exposure_loss, logits, target, reduction="sum")
+    _, expected = exact(logits, target, reduction="sum")
+    assert (grad == expected.to(dtype)).double().mean() >= 0.999
+
+
+def test_a_scaled_fp16_gradient_does_not_vanish(device):
+    """A GradScaler's 65536 multiplies in float32, before the cast to float16."""
+    shape = (4096, 1000)
+    logits = make_logits(shape, torch.float16, device, scale=1.0)
+    target = make_target(shape, device=device)
+    leaf = logits.clone().requires_grad_()
+    (outlier_exposure_loss(leaf, target) * 65536).backward()
+    expected = exact(logits, target)[1] * 65536
+    assert (expected.to(torch.float16) != 0).double().mean() > 0.99
+    unscaled = (expected / 65536).to(torch.float16)
+    assert (unscaled == 0).double().mean() > 0.05, "what scaling after the cast would lose"
+    assert max_error(leaf.grad, expected) <= 2**-11 * expected.abs().max().item()
+    torch.testing.assert_close(leaf.grad.double(), expected, rtol=2**-10, atol=2**-24)
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_shift_invariance(device, layout, offset):
+    """Adding a constant to a row changes nothing but the rounding of the input itself."""
+    shape = (200, 50)
+    logits = make_logits(shape, torch.float32, device, scale=4.0)
+    shifted = logits + offset
+    target = make_target(shape, device=device)
+    loss, grad = loss_and_grad(outlier_exposure_loss, LAYOUTS[layout](shifted), target)
+    same_values = shifted.double() - offset
+    expected, expected_grad = exact(same_values, target)
+    assert abs(loss.item() - expected.item()) <= 1e-6 * expected.item()
+    assert max_error(grad, expected_grad) <= 1e-6 * expected_grad.abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3000, 10), (3, 5, 90, 70), (7, 20000)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_same_bits_for_any_number_of_threads(shape, dtype, reduction):
+    logits = make_logits(shape, dtype)
+    target = make_target(shape)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(loss_and_grad(outlier_exposure_loss, logits, target, 0.5, reduction))
+    finally:
+        torch.set_num_threads(before)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_the_sum_of_many_rows_keeps_its_digits(device):
+    """Row losses are added in float64: 10^6 equal float32 terms would drift."""
+    logits = torch.zeros(1_000_000, 3, device=device)
+    target = torch.zeros(1_000_000, dtype=torch.int8, device=device)
+    loss = outlier_exposure_loss(logits, target, reduction="sum")
+    one = F.cross_entropy(logits[:1], target[:1].long()).double()
+    assert abs(loss.item() / (1e6 * one.item()) - 1) < 1e-7
+
+
+def test_the_reference_is_differentiable_in_alpha():
+    """The oracle itself, against finite differences."""
+    logits = make_logits((6, 4)).requires_grad_()
+    target = make_target((6, 4))
+    alpha = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    for reduction in REDUCTIONS:
+        assert torch.autograd.gradcheck(
+            lambda x, a, r=reduction: reference.outlier_exposure_loss(x, target, a, r),
+            (logits, alpha),
+        )

@@ -1,0 +1,39 @@
+"""Every operator has a kernel for every backend of this build, and a frozen public schema."""
+
+import pytest
+import torch
+
+from oe_ext import _ext
+
+OPERATORS = [
+    "oe_ext::outlier_exposure_loss",
+    "oe_ext::outlier_exposure_loss.tensor_alpha",
+    "oe_ext::_outlier_exposure_loss_forward",
+    "oe_ext::_outlier_exposure_loss_backward",
+]
+
+
+def test_the_list_is_complete():
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("oe_ext::")}
+    assert names == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_kernels(name):
+    """The CUDA kernels are there in a CUDA build, whether or not there is a GPU."""
+    built_with_cuda = _ext.module.build_info()["cuda"] is not None
+    expected = {"CPU": True, "Meta": True, "Autograd": True, "CUDA": built_with_cuda}
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert {key: has(name, key) for key in expected} == expected
+
+
+def test_the_public_schema():
+    operator = torch.ops.oe_ext.outlier_exposure_loss
+    assert str(operator.default._schema) == (
+        "oe_ext::outlier_exposure_loss(Tensor logits, Tensor target, float alpha=0.5, "
+        'str reduction="mean", *, int? ignore_index=None, int? ood_index=None) -> Tensor'
+    )
+    assert str(operator.tensor_alpha._schema) == (
+        "oe_ext::outlier_exposure_loss.tensor_alpha(Tensor logits, Tensor target, Tensor alpha, "
+        'str reduction="mean", *, int? ignore_index=None, int? ood_index=None) -> Tensor'
+    )
