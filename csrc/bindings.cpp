@@ -1,9 +1,10 @@
-// oe_ext._C: importing it registers the operators; beside that it tells how it was built.
+// oe_ext._C (the JIT gives it a name of its own): importing it registers the operators; beside that
+// it tells how it was built.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Operators of oe_ext (registered with torch on import) and how they were built";
   m.def(
       "build_info",

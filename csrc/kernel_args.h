@@ -159,7 +159,7 @@ struct BackwardArgs {
   PerRow<acc_t> grad;                  // the upstream gradient
   const acc_t* row_max = nullptr;      // [num_rows]
   const acc_t* row_sum_exp = nullptr;  // [num_rows]
-  const int64_t* counts = nullptr;     // inliers, outliers; null for sum and none
+  const int64_t* counts = nullptr;     // inliers, outliers; null for none
 
   C10_HOST_DEVICE RowGradient<acc_t> row_gradient(int64_t row, int64_t label, RowKind kind) const {
     RowGradient<acc_t> result;
