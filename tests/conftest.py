@@ -1,16 +1,31 @@
-"""What all tests share: devices, inputs, and the two oracles."""
+"""What all tests share: the devices that a test runs on, and a fixed seed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import simt_device
 import torch
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DEVICES = ["cpu", "simt"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", DEVICES)
+        no_simt = metafunc.definition.get_closest_marker("no_simt") is not None
+        devices = [name for name in DEVICES if not (no_simt and name == "simt")]
+        metafunc.parametrize("device", devices, indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device of a test's tensors. "simt" runs the CUDA kernels on CPU tensors."""
+    if request.param == "simt":
+        with simt_device.active():
+            yield "cpu"
+    else:
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ void launch(void (*kernel)(Params...), int64_t num_blocks, int num_threads, Stre
   const dim3 block(static_cast<unsigned>(num_threads));
 #ifdef SIMT_CPU
   (void)stream;
-  simt::launch(grid, block, 0, simt::next_seed(), kernel, args...);
+  simt::launch(grid, block, simt::next_seed(), kernel, args...);
 #else
   kernel<<<grid, block, 0, stream> > >(args...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();

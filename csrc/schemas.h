@@ -1,0 +1,43 @@
+// The schemas: the one list of this library's operators.
+#pragma once
+
+#include <torch/library.h>
+
+#include <vector>
+
+namespace oe_ext {
+
+inline void define_operators(torch::Library& m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+
+  // The overload with a tensor stands first: where an overload is chosen by its arguments, a
+  // 0-dim alpha would otherwise turn into a number and lose its gradient.
+  m.def(
+      "outlier_exposure_loss.tensor_alpha(Tensor logits, Tensor target, Tensor alpha, "
+      "str reduction=\"mean\", *, int? ignore_index=None, int? ood_index=None) -> Tensor",
+      tags);
+  m.def(
+      "outlier_exposure_loss(Tensor logits, Tensor target, float alpha=0.5, "
+      "str reduction=\"mean\", *, int? ignore_index=None, int? ood_index=None) -> Tensor",
+      tags);
+
+  // The loss with what its backward needs. Where alpha_tensor is given, it stands for alpha.
+  //   row_cross_entropy  shape of target: the loss before its weight, for the gradient of
+  //                      alpha_tensor; empty without one
+  //   row_max, row_sum_exp  shape of target: the maximum, and the sum of exp(logit - maximum)
+  //   counts             int64 [2]: positions of inliers and of outliers; empty for "none"
+  m.def(
+      "_outlier_exposure_loss_forward(Tensor logits, Tensor target, float alpha, "
+      "Tensor? alpha_tensor, str reduction, int? ignore_index, int? ood_index) -> "
+      "(Tensor loss, Tensor row_cross_entropy, Tensor row_max, Tensor row_sum_exp, Tensor counts)",
+      tags);
+
+  // The gradient with respect to the logits.
+  m.def(
+      "_outlier_exposure_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor row_max, "
+      "Tensor row_sum_exp, Tensor counts, float alpha, Tensor? alpha_tensor, str reduction, "
+      "int? ignore_index, int? ood_index) -> Tensor",
+      tags);
+}
+
+}  // namespace oe_ext

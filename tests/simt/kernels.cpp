@@ -1,0 +1,8 @@
+// The source that nvcc compiles, for the CPU. This file alone is compiled with -fsanitize=thread.
+#include <c10/macros/Macros.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+// c10 before CUDA's names
+#include "simt.h"
+// the launchers, and the kernels with them
+#include "../../csrc/cuda/launch.cu"

@@ -1,0 +1,40 @@
+// What the scheduler and the checker know of each other.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "simt.h"
+
+namespace simt {
+
+constexpr size_t kStackSize = 64 * 1024;
+
+enum class State : uint8_t { kReady, kBarrier, kWarp, kDone };
+
+// One CUDA thread of the running block.
+struct Fiber {
+  uint3 index{};
+  unsigned number = 0;
+  State state = State::kReady;
+  int line = 0;       // of the barrier that it waits at
+  unsigned mask = 0;  // of the warp operation that it waits in
+  const char* operation = nullptr;
+  bool fence = false;
+  unsigned char slot[8]{};  // what it offers to a shuffle
+  unsigned epoch = 0;       // block barriers passed
+  unsigned warp_epoch = 0;  // warp barriers passed
+  ucontext_t context{};
+};
+
+extern Fiber* current;          // null outside a kernel
+extern unsigned current_block;  // its number, from 1
+
+// Whose stack an address lies on, or -1.
+int stack_owner(uintptr_t address);
+
+void forget_accesses();
+
+}  // namespace simt
