@@ -146,7 +146,7 @@ TEST(RowStats, ExtremeFiniteLogits) {
 TEST(RowGradient, IsSoftmaxMinusQ) {
   const std::vector<double> x = {0.5, -1.0, 2.0};
   const auto stats = stats_of(x);
-  RowGradient<double> inlier{stats.max,   stats.log_sum(), /*scale=*/2.0, /*uniform=*/0.0,
+  RowGradient<double> inlier{stats.max,   1 / stats.sum_exp, /*scale=*/2.0, /*uniform=*/0.0,
                              /*label=*/1, /*active=*/true};
   RowGradient<double> outlier{stats.max, 1 / stats.sum_exp, 2.0, 1.0 / 3, -1, true};
   const Expected expected(x);
