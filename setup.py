@@ -60,7 +60,7 @@ def torch_arguments(build):
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildExtension},
-        # One place for the objects of all ways to build, so that none compiles what another has.
+        # Objects of one torch are never taken for those of another.
         "options": {"build_ext": {"build_temp": f"build/temp-torch-{torch.__version__}"}},
         # The C++ interface of torch changes with its minor version.
         "install_requires": [f"torch=={version[0]}.{version[1]}.*"],

@@ -35,7 +35,9 @@ void launch(void (*kernel)(Params...), int64_t num_blocks, int num_threads, Stre
   (void)stream;
   simt::launch(grid, block, simt::next_seed(), kernel, args...);
 #else
-  kernel<<<grid, block, 0, stream> > >(args...);
+  // clang-format off: it tears the brackets of a launch apart
+  kernel<<<grid, block, 0, stream>>>(args...);
+  // clang-format on
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 #endif
 }
