@@ -26,7 +26,7 @@ DEFINES = ["AT_PER_OPERATOR_HEADERS"]
 DEFAULT_CUDA_ARCH_LIST = "7.5;8.0;9.0;10.0+PTX"
 
 
-def _is_set(name: str) -> bool | None:
+def _switch(name: str) -> bool | None:
     """The value of a switch in the environment, or None where it is not set."""
     value = os.environ.get(name, "").strip().lower()
     if not value:
@@ -71,7 +71,7 @@ def wants_cuda() -> bool:
     import torch
 
     for name in ("OE_EXT_CUDA", "FORCE_CUDA"):
-        choice = _is_set(name)
+        choice = _switch(name)
         if choice is not None:
             if choice and torch.version.cuda is None:
                 raise RuntimeError(
