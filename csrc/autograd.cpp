@@ -4,6 +4,9 @@
 // refuses the latter. An operator whose inputs have gradients makes a Node, computes below
 // autograd, and adds tangents where forward-mode AD asks for them. The loss and its backward
 // operator are both differentiable, in both modes, to any order.
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
@@ -22,7 +25,7 @@ void set_tangent(const at::Tensor& output, const at::Tensor& tangent) {
 // backward operator differentiates them with the logits.
 ForwardResult differentiable_forward(c10::DispatchKeySet keys, const at::Tensor& logits,
                                      const at::Tensor& target, const OptionalTensor& alpha_tensor,
-                                     LossOptions options) {
+                                     LossOptions options, bool unit_gradient) {
   c10::intrusive_ptr<OutlierExposureLossBackward0> node;
   if (torch::autograd::compute_requires_grad(logits, alpha_tensor)) {
     node = c10::make_intrusive<OutlierExposureLossBackward0>();
@@ -33,15 +36,18 @@ ForwardResult differentiable_forward(c10::DispatchKeySet keys, const at::Tensor&
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     result = forward_operator().redispatch(keys & c10::after_autograd_keyset, logits, target,
                                            options.alpha, alpha_tensor, options.reduction,
-                                           options.ignore_index, options.ood_index);
+                                           options.ignore_index, options.ood_index, unit_gradient);
   }
-  const auto& [loss, row_cross_entropy, row_max, row_sum_exp, counts] = result;
+  const auto& [loss, row_cross_entropy, row_max, row_sum_exp, counts, gradient] = result;
   if (any_tangent(logits, alpha_tensor)) {
     set_tangent(loss, loss_tangent(logits, target, counts, alpha_tensor, options));
   }
   if (node) {
     node->save_inputs(logits, target, counts, alpha_tensor, std::move(options));
     node->save_statistics(row_cross_entropy, row_max, row_sum_exp);
+    if (unit_gradient) {
+      node->save_unit_gradient(gradient);
+    }
     torch::autograd::set_history(loss, node);
   }
   return result;
@@ -50,9 +56,21 @@ ForwardResult differentiable_forward(c10::DispatchKeySet keys, const at::Tensor&
 ForwardResult forward_autograd(c10::DispatchKeySet keys, const at::Tensor& logits,
                                const at::Tensor& target, double alpha,
                                const OptionalTensor& alpha_tensor, std::string_view reduction,
-                               OptionalInt ignore_index, OptionalInt ood_index) {
+                               OptionalInt ignore_index, OptionalInt ood_index,
+                               bool unit_gradient) {
   return differentiable_forward(keys, logits, target, alpha_tensor,
-                                {alpha, std::string(reduction), ignore_index, ood_index});
+                                {alpha, std::string(reduction), ignore_index, ood_index},
+                                unit_gradient);
+}
+
+// Should the forward pass write the gradient too, for an upstream gradient of 1? That saves a read
+// of the logits. Not in float16, where a scale that comes later comes too late; not where the
+// graph is traced, which would have to copy the gradient; not where the user's hooks decide what is
+// kept for the backward.
+bool wants_unit_gradient(const at::Tensor& logits, std::string_view reduction) {
+  return torch::autograd::compute_requires_grad(logits) && reduction != "none" &&
+         logits.scalar_type() != at::kHalf && !at::isTensorSubclassLike(logits) &&
+         !at::SavedTensorDefaultHooks::get_hooks().has_value();
 }
 
 // Logits whose layout the kernels cannot read are copied here, once, and the copy is what the
@@ -69,7 +87,8 @@ at::Tensor loss_autograd(c10::DispatchKeySet keys, const at::Tensor& logits,
   if (torch::autograd::compute_requires_grad(logits) || any_tangent(logits)) {
     return std::get<0>(
         differentiable_forward(keys, readable_logits(logits), target, std::nullopt,
-                               {alpha, std::string(reduction), ignore_index, ood_index}));
+                               {alpha, std::string(reduction), ignore_index, ood_index},
+                               wants_unit_gradient(logits, reduction)));
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return loss_operator().redispatch(keys & c10::after_autograd_keyset, logits, target, alpha,
@@ -83,7 +102,8 @@ at::Tensor loss_tensor_alpha_autograd(c10::DispatchKeySet keys, const at::Tensor
   if (torch::autograd::compute_requires_grad(logits, alpha) || any_tangent(logits, alpha)) {
     return std::get<0>(
         differentiable_forward(keys, readable_logits(logits), target, alpha,
-                               {0.0, std::string(reduction), ignore_index, ood_index}));
+                               {0.0, std::string(reduction), ignore_index, ood_index},
+                               wants_unit_gradient(logits, reduction)));
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return loss_tensor_alpha_operator().redispatch(keys & c10::after_autograd_keyset, logits, target,
@@ -127,6 +147,14 @@ TORCH_LIBRARY_IMPL(oe_ext, Autograd, m) {
   m.impl("outlier_exposure_loss.tensor_alpha", TORCH_FN(loss_tensor_alpha_autograd));
   m.impl("_outlier_exposure_loss_forward", TORCH_FN(forward_autograd));
   m.impl("_outlier_exposure_loss_backward", TORCH_FN(backward_autograd));
+  // Called by a node alone, with no graph to record.
+  m.impl("_outlier_exposure_loss_backward_from_unit",
+         torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(oe_ext, ADInplaceOrView, m) {
+  m.impl("_outlier_exposure_loss_backward_from_unit",
+         torch::autograd::autogradNotImplementedInplaceOrViewFallback());
 }
 
 }  // namespace oe_ext

@@ -159,4 +159,23 @@ inline void check_backward(const at::Tensor& grad, const at::Tensor& logits,
   check_same_device(logits, counts, "counts");
 }
 
+inline void check_has_unit_gradient(bool unit_gradient, Reduction reduction) {
+  TORCH_CHECK_VALUE(!unit_gradient || reduction != Reduction::kNone,
+                    "_outlier_exposure_loss_forward: unit_gradient needs a loss that is a scalar, "
+                    "got reduction 'none'");
+}
+
+inline void check_unit_gradient(const at::Tensor& unit_gradient, const at::Tensor& logits,
+                                Reduction reduction) {
+  TORCH_CHECK_VALUE(reduction != Reduction::kNone,
+                    "_outlier_exposure_loss_backward_from_unit: the loss must be a scalar, got "
+                    "reduction 'none'");
+  TORCH_CHECK(unit_gradient.scalar_type() == logits.scalar_type() &&
+                  unit_gradient.sym_sizes().equals(logits.sym_sizes()),
+              "_outlier_exposure_loss_backward_from_unit: unit_gradient must be ",
+              logits.scalar_type(), " of shape ", logits.sym_sizes(), ", got ",
+              unit_gradient.scalar_type(), " of shape ", unit_gradient.sym_sizes());
+  check_same_device(logits, unit_gradient, "unit_gradient");
+}
+
 }  // namespace oe_ext

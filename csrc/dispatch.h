@@ -20,12 +20,13 @@ using LossTensorAlphaSignature = at::Tensor(const at::Tensor& logits, const at::
                                             const at::Tensor& alpha, std::string_view reduction,
                                             OptionalInt ignore_index, OptionalInt ood_index);
 
-// loss, row_cross_entropy, row_max, row_sum_exp, counts
-using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// loss, row_cross_entropy, row_max, row_sum_exp, counts, unit_gradient
+using ForwardResult =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using ForwardSignature = ForwardResult(const at::Tensor& logits, const at::Tensor& target,
                                        double alpha, const OptionalTensor& alpha_tensor,
                                        std::string_view reduction, OptionalInt ignore_index,
-                                       OptionalInt ood_index);
+                                       OptionalInt ood_index, bool unit_gradient);
 
 using BackwardSignature = at::Tensor(const at::Tensor& grad, const at::Tensor& logits,
                                      const at::Tensor& target, const at::Tensor& row_max,
@@ -33,6 +34,14 @@ using BackwardSignature = at::Tensor(const at::Tensor& grad, const at::Tensor& l
                                      double alpha, const OptionalTensor& alpha_tensor,
                                      std::string_view reduction, OptionalInt ignore_index,
                                      OptionalInt ood_index);
+
+using BackwardFromUnitSignature = void(at::Tensor& unit_gradient, const at::Tensor& grad,
+                                       const at::Tensor& logits, const at::Tensor& target,
+                                       const at::Tensor& row_max, const at::Tensor& row_sum_exp,
+                                       const at::Tensor& counts, double alpha,
+                                       const OptionalTensor& alpha_tensor,
+                                       std::string_view reduction, OptionalInt ignore_index,
+                                       OptionalInt ood_index);
 
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload = "") {
@@ -58,6 +67,12 @@ inline const c10::TypedOperatorHandle<ForwardSignature>& forward_operator() {
 inline const c10::TypedOperatorHandle<BackwardSignature>& backward_operator() {
   static const auto op =
       find_operator<BackwardSignature>("oe_ext::_outlier_exposure_loss_backward");
+  return op;
+}
+
+inline const c10::TypedOperatorHandle<BackwardFromUnitSignature>& backward_from_unit_operator() {
+  static const auto op =
+      find_operator<BackwardFromUnitSignature>("oe_ext::_outlier_exposure_loss_backward_from_unit");
   return op;
 }
 

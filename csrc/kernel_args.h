@@ -86,27 +86,52 @@ C10_HOST_DEVICE acc_t row_weight(RowKind kind, const Alpha<acc_t>& alpha, int64_
   return kind == RowKind::kOutlier ? alpha[row] : acc_t(0);
 }
 
+// Where a loss that is reduced goes; null for none.
+template <typename acc_t>
+struct LossOutput {
+  acc_t* loss = nullptr;      // one element
+  int64_t* counts = nullptr;  // inliers, outliers
+
+  C10_HOST_DEVICE void write(const GroupSums& sums, Reduction reduction, int64_t num_rows) const {
+    *loss = static_cast<acc_t>(sums.reduce(reduction, num_rows));
+    counts[0] = sums.counts.inliers;
+    counts[1] = sums.counts.outliers;
+  }
+};
+
 template <typename scalar_t, typename acc_t>
 struct ForwardArgs {
   RowLayout layout;
   const scalar_t* logits = nullptr;
   Labels labels;
   Alpha<acc_t> alpha;
-  // Outputs, [num_rows] each.
-  acc_t* row_loss = nullptr;           // the weighted loss; 0 where a row does not count
+  Reduction reduction = Reduction::kMean;
+  // Outputs of each row, [num_rows] each.
+  acc_t* row_loss = nullptr;           // the weighted loss, for none; else null
   acc_t* row_cross_entropy = nullptr;  // the same, not weighted; or null
   acc_t* row_max = nullptr;            // for the backward; or null
   acc_t* row_sum_exp = nullptr;        // for the backward; or null
+  LossOutput<acc_t> output;
+  // The gradient for an upstream gradient of 1; or null. Not for none.
+  RowLayout grad_layout;
+  scalar_t* grad_logits = nullptr;
 
-  // Does the loss depend on the logits of this row?
+  // Must the rows be counted before the first gradient can be written?
+  C10_HOST_DEVICE bool needs_counts_first() const {
+    return grad_logits != nullptr &&
+           (reduction == Reduction::kMean || reduction == Reduction::kGroupMean);
+  }
+
+  // Does anything that is written depend on the logits of this row?
   C10_HOST_DEVICE bool is_active(int64_t row, RowKind kind) const {
     return row_weight(kind, alpha, row) != acc_t(0) ||
            (row_cross_entropy != nullptr && kind == RowKind::kOutlier);
   }
 
-  // Writes the outputs of one row. `stats` need not be filled where the row is not active.
-  C10_HOST_DEVICE void write_row(int64_t row, int64_t label, RowKind kind,
-                                 const RowStats<acc_t>& stats) const {
+  // Writes the outputs of one row and returns its weighted loss, which is 0 where the row does not
+  // count. `stats` need not be filled where the row is not active.
+  C10_HOST_DEVICE acc_t write_row(int64_t row, int64_t label, RowKind kind,
+                                  const RowStats<acc_t>& stats) const {
     const acc_t weight = row_weight(kind, alpha, row);
     const bool active = is_active(row, kind);
     acc_t cross_entropy = 0;
@@ -116,7 +141,10 @@ struct ForwardArgs {
     } else if (active && kind == RowKind::kOutlier) {
       cross_entropy = outlier_cross_entropy(stats);
     }
-    row_loss[row] = weight != acc_t(0) ? weight * cross_entropy : acc_t(0);
+    const acc_t loss = weight != acc_t(0) ? weight * cross_entropy : acc_t(0);
+    if (row_loss != nullptr) {
+      row_loss[row] = loss;
+    }
     if (row_cross_entropy != nullptr) {
       row_cross_entropy[row] = cross_entropy;
     }
@@ -124,26 +152,20 @@ struct ForwardArgs {
       row_max[row] = active ? stats.max : acc_t(0);
       row_sum_exp[row] = active ? stats.sum_exp : acc_t(0);
     }
-  }
-};
-
-template <typename acc_t>
-struct ReduceArgs {
-  int64_t num_rows = 0;
-  Labels labels;
-  Reduction reduction = Reduction::kMean;
-  const acc_t* row_loss = nullptr;  // [num_rows]
-  acc_t* loss = nullptr;            // one element
-  int64_t* counts = nullptr;        // inliers, outliers
-
-  C10_HOST_DEVICE void add_row(GroupSums& sums, int64_t row) const {
-    sums.add(labels.rule.kind(labels[row]), static_cast<double>(row_loss[row]));
+    return loss;
   }
 
-  C10_HOST_DEVICE void write(const GroupSums& sums) const {
-    *loss = static_cast<acc_t>(sums.reduce(reduction, num_rows));
-    counts[0] = sums.counts.inliers;
-    counts[1] = sums.counts.outliers;
+  // The gradient of a row for an upstream gradient of 1.
+  C10_HOST_DEVICE RowGradient<acc_t> row_gradient(int64_t row, int64_t label, RowKind kind,
+                                                  const RowStats<acc_t>& stats,
+                                                  GroupCounts group_counts) const {
+    const acc_t weight = row_weight(kind, alpha, row);
+    return weight == acc_t(0)
+               ? RowGradient<acc_t>()
+               : RowGradient<acc_t>::of_row(
+                     stats.max, stats.sum_exp,
+                     weight / static_cast<acc_t>(reduction_divisor(reduction, kind, group_counts)),
+                     kind, label, layout.num_classes);
   }
 };
 
@@ -160,27 +182,25 @@ struct BackwardArgs {
   const acc_t* row_max = nullptr;      // [num_rows]
   const acc_t* row_sum_exp = nullptr;  // [num_rows]
   const int64_t* counts = nullptr;     // inliers, outliers; null for none
+  // grad_logits holds the gradient for an upstream gradient of 1 already; not for none.
+  bool has_unit_gradient = false;
+
+  // Is there nothing left to do? Reads device memory.
+  C10_HOST_DEVICE bool is_done() const { return has_unit_gradient && grad[0] == acc_t(1); }
 
   C10_HOST_DEVICE RowGradient<acc_t> row_gradient(int64_t row, int64_t label, RowKind kind) const {
-    RowGradient<acc_t> result;
     const acc_t weight = row_weight(kind, alpha, row);
     if (weight == acc_t(0)) {
-      return result;
+      return RowGradient<acc_t>();
     }
     GroupCounts group_counts;
     if (counts != nullptr) {
       group_counts.inliers = counts[0];
       group_counts.outliers = counts[1];
     }
-    const bool outlier = kind == RowKind::kOutlier;
-    result.max = row_max[row];
-    result.inverse_sum = acc_t(1) / row_sum_exp[row];
-    result.scale =
-        weight * grad[row] / static_cast<acc_t>(reduction_divisor(reduction, kind, group_counts));
-    result.uniform = outlier ? acc_t(1) / static_cast<acc_t>(layout.num_classes) : acc_t(0);
-    result.label = outlier ? int64_t(-1) : label;
-    result.active = true;
-    return result;
+    const auto divisor = static_cast<acc_t>(reduction_divisor(reduction, kind, group_counts));
+    return RowGradient<acc_t>::of_row(row_max[row], row_sum_exp[row], weight * grad[row] / divisor,
+                                      kind, label, layout.num_classes);
   }
 };
 

@@ -35,12 +35,12 @@ RowView contiguous_view(const at::Tensor& tensor) {
 std::optional<RowLayout> row_layout(const at::Tensor& logits) {
   RowLayout layout;
   layout.num_outer = 1;
-  layout.num_inner = logits.size(0);
+  layout.num_inner = logits.numel() > 0 ? logits.size(0) : 0;
   layout.inner_stride = logits.stride(0);
   layout.num_classes = logits.size(1);
   layout.class_stride = layout.num_classes > 1 ? logits.stride(1) : 1;
   if (logits.numel() == 0) {
-    return layout;  // no offset is ever taken
+    return layout;  // no rows
   }
 
   Axis spatial;

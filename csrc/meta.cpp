@@ -3,8 +3,6 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <tuple>
-
 #include "checks.h"
 
 namespace oe_ext {
@@ -30,14 +28,19 @@ at::Tensor loss_tensor_alpha_meta(const at::Tensor& logits, const at::Tensor& ta
   return empty_loss(logits, target, 0.0, alpha, reduction);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_meta(
-    const at::Tensor& logits, const at::Tensor& target, double alpha,
-    const OptionalTensor& alpha_tensor, std::string_view reduction, OptionalInt, OptionalInt) {
+ForwardResult forward_meta(const at::Tensor& logits, const at::Tensor& target, double alpha,
+                           const OptionalTensor& alpha_tensor, std::string_view reduction,
+                           OptionalInt, OptionalInt, bool unit_gradient) {
+  check_has_unit_gradient(unit_gradient, parse_reduction(reduction));
   const at::Tensor loss = empty_loss(logits, target, alpha, alpha_tensor, reduction);
   const auto per_row = [&] { return at::empty_symint(target.sym_sizes(), loss.options()); };
   const int64_t num_counts = parse_reduction(reduction) == Reduction::kNone ? 0 : 2;
-  return {loss, alpha_tensor.has_value() ? per_row() : at::empty({0}, loss.options()), per_row(),
-          per_row(), at::empty({num_counts}, loss.options().dtype(at::kLong))};
+  return {loss,
+          alpha_tensor.has_value() ? per_row() : at::empty({0}, loss.options()),
+          per_row(),
+          per_row(),
+          at::empty({num_counts}, loss.options().dtype(at::kLong)),
+          unit_gradient ? at::empty_like(logits) : at::empty({0}, logits.options())};
 }
 
 at::Tensor backward_meta(const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& target,
@@ -50,6 +53,18 @@ at::Tensor backward_meta(const at::Tensor& grad, const at::Tensor& logits, const
   return at::empty_like(logits);
 }
 
+void backward_from_unit_meta(at::Tensor& unit_gradient, const at::Tensor& grad,
+                             const at::Tensor& logits, const at::Tensor& target,
+                             const at::Tensor& row_max, const at::Tensor& row_sum_exp,
+                             const at::Tensor& counts, double alpha,
+                             const OptionalTensor& alpha_tensor, std::string_view reduction,
+                             OptionalInt, OptionalInt) {
+  check_inputs(logits, target);
+  check_alpha(logits, target, alpha, alpha_tensor);
+  check_unit_gradient(unit_gradient, logits, parse_reduction(reduction));
+  check_backward(grad, logits, target, row_max, row_sum_exp, counts, parse_reduction(reduction));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(oe_ext, Meta, m) {
@@ -57,6 +72,7 @@ TORCH_LIBRARY_IMPL(oe_ext, Meta, m) {
   m.impl("outlier_exposure_loss.tensor_alpha", TORCH_FN(loss_tensor_alpha_meta));
   m.impl("_outlier_exposure_loss_forward", TORCH_FN(forward_meta));
   m.impl("_outlier_exposure_loss_backward", TORCH_FN(backward_meta));
+  m.impl("_outlier_exposure_loss_backward_from_unit", TORCH_FN(backward_from_unit_meta));
 }
 
 }  // namespace oe_ext

@@ -2,6 +2,8 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <mutex>
 
@@ -55,6 +57,38 @@ void OutlierExposureLossBackward0::save_statistics(const at::Tensor& row_cross_e
   saved_[kRowSumExp] = save(row_sum_exp);
 }
 
+void OutlierExposureLossBackward0::save_unit_gradient(const at::Tensor& unit_gradient) {
+  unit_gradient_ = unit_gradient;
+}
+
+void OutlierExposureLossBackward0::release_variables() {
+  LossNode::release_variables();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  unit_gradient_.reset();
+}
+
+at::Tensor OutlierExposureLossBackward0::logits_gradient(const at::Tensor& grad,
+                                                         const at::Tensor& logits,
+                                                         const at::Tensor& target,
+                                                         const at::Tensor& counts,
+                                                         const OptionalTensor& alpha) {
+  const at::Tensor row_max = saved_[kRowMax].unpack();
+  const at::Tensor row_sum_exp = saved_[kRowSumExp].unpack();
+  // Only where this is the last backward, nobody records it, and nobody else has the tensor.
+  if (unit_gradient_.defined() && unit_gradient_.use_count() == 1 &&
+      !torch::autograd::get_current_graph_task_keep_graph() && !at::GradMode::is_enabled() &&
+      !at::isTensorSubclassLike(grad) && !any_tangent(grad, logits, alpha)) {
+    at::Tensor gradient = std::move(unit_gradient_);
+    backward_from_unit_operator().call(gradient, grad, logits, target, row_max, row_sum_exp, counts,
+                                       options_.alpha, alpha, options_.reduction,
+                                       options_.ignore_index, options_.ood_index);
+    return gradient;
+  }
+  return backward_operator().call(grad, logits, target, row_max, row_sum_exp, counts,
+                                  options_.alpha, alpha, options_.reduction, options_.ignore_index,
+                                  options_.ood_index);
+}
+
 variable_list OutlierExposureLossBackward0::apply(variable_list&& grads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   variable_list result(2);
@@ -67,9 +101,7 @@ variable_list OutlierExposureLossBackward0::apply(variable_list&& grads) {
   const at::Tensor counts = saved_[kCounts].unpack();
   const OptionalTensor alpha = unpack_alpha();
   if (task_should_compute_output(0)) {
-    result[0] = backward_operator().call(
-        grad, logits, target, saved_[kRowMax].unpack(), saved_[kRowSumExp].unpack(), counts,
-        options_.alpha, alpha, options_.reduction, options_.ignore_index, options_.ood_index);
+    result[0] = logits_gradient(grad, logits, target, counts, alpha);
   }
   if (alpha.has_value() && task_should_compute_output(1)) {
     const bool needs_history = at::GradMode::is_enabled() || any_tangent(logits);

@@ -40,9 +40,19 @@ struct OutlierExposureLossBackward0 : LossNode {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
   void save_statistics(const at::Tensor& row_cross_entropy, const at::Tensor& row_max,
                        const at::Tensor& row_sum_exp);
+  void save_unit_gradient(const at::Tensor& unit_gradient);
+  void release_variables() override;
 
  private:
   enum OwnSlot { kRowCrossEntropy = kFirstOwn, kRowMax, kRowSumExp };
+
+  at::Tensor logits_gradient(const at::Tensor& grad, const at::Tensor& logits,
+                             const at::Tensor& target, const at::Tensor& counts,
+                             const OptionalTensor& alpha);
+
+  // The gradient for an upstream gradient of 1, which the forward wrote; or undefined. Not a saved
+  // variable: it is nobody else's, so the last backward may finish it in place and return it.
+  at::Tensor unit_gradient_;
 };
 
 // The backward of the backward operator. Next edges: grad, logits, alpha.

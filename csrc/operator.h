@@ -1,10 +1,10 @@
 // The entry points of every backend that computes: tensors in, raw pointers to the kernels,
-// tensors out. A backend supplies three static function templates:
-//     forward(ForwardArgs)    the loss and the statistics of every row
-//     reduce(ReduceArgs)      the reduced loss and the counts
+// tensors out. A backend supplies two static function templates:
+//     forward(ForwardArgs)    whatever the arguments have room for: the loss, the statistics of
+//                             every row, the gradient for an upstream gradient of 1
 //     backward(BackwardArgs)  the gradient of every row
-// forward and backward return the first row whose label is not legal, or -1. A device that cannot
-// tell without a synchronisation asserts in its kernel and returns -1.
+// Both return the first row whose label is not legal, or -1. A device that cannot tell without a
+// synchronisation asserts in its kernel and returns -1.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -87,40 +87,159 @@ struct Operator {
                          std::string_view reduction, OptionalInt ignore_index,
                          OptionalInt ood_index) {
     return std::get<0>(run_forward(logits, target, alpha, std::nullopt, reduction, ignore_index,
-                                   ood_index, /*save_for_backward=*/false));
+                                   ood_index, /*save_for_backward=*/false,
+                                   /*unit_gradient=*/false));
   }
 
   static at::Tensor loss_tensor_alpha(const at::Tensor& logits, const at::Tensor& target,
                                       const at::Tensor& alpha, std::string_view reduction,
                                       OptionalInt ignore_index, OptionalInt ood_index) {
     return std::get<0>(run_forward(logits, target, 0.0, alpha, reduction, ignore_index, ood_index,
-                                   /*save_for_backward=*/false));
+                                   /*save_for_backward=*/false, /*unit_gradient=*/false));
   }
 
   static ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, double alpha,
                                const OptionalTensor& alpha_tensor, std::string_view reduction,
-                               OptionalInt ignore_index, OptionalInt ood_index) {
+                               OptionalInt ignore_index, OptionalInt ood_index,
+                               bool unit_gradient) {
     return run_forward(logits, target, alpha, alpha_tensor, reduction, ignore_index, ood_index,
-                       /*save_for_backward=*/true);
+                       /*save_for_backward=*/true, unit_gradient);
   }
 
   static at::Tensor backward(const at::Tensor& grad, const at::Tensor& logits,
                              const at::Tensor& target, const at::Tensor& row_max,
                              const at::Tensor& row_sum_exp, const at::Tensor& counts, double alpha,
-                             const OptionalTensor& alpha_tensor, std::string_view reduction_name,
+                             const OptionalTensor& alpha_tensor, std::string_view reduction,
                              OptionalInt ignore_index, OptionalInt ood_index) {
+    check_inputs(logits, target);
+    at::Tensor grad_logits = at::empty_like(logits);
+    run_backward(grad_logits, /*has_unit_gradient=*/false, grad, logits, target, row_max,
+                 row_sum_exp, counts, alpha, alpha_tensor, reduction, ignore_index, ood_index);
+    return grad_logits;
+  }
+
+  static void backward_from_unit(at::Tensor& unit_gradient, const at::Tensor& grad,
+                                 const at::Tensor& logits, const at::Tensor& target,
+                                 const at::Tensor& row_max, const at::Tensor& row_sum_exp,
+                                 const at::Tensor& counts, double alpha,
+                                 const OptionalTensor& alpha_tensor, std::string_view reduction,
+                                 OptionalInt ignore_index, OptionalInt ood_index) {
+    check_inputs(logits, target);
+    check_unit_gradient(unit_gradient, logits, parse_reduction(reduction));
+    run_backward(unit_gradient, /*has_unit_gradient=*/true, grad, logits, target, row_max,
+                 row_sum_exp, counts, alpha, alpha_tensor, reduction, ignore_index, ood_index);
+  }
+
+  // Registers every operator for the dispatch key of this backend.
+  static void register_for(torch::Library& m) {
+    m.impl("outlier_exposure_loss", TORCH_FN(loss));
+    m.impl("outlier_exposure_loss.tensor_alpha", TORCH_FN(loss_tensor_alpha));
+    m.impl("_outlier_exposure_loss_forward", TORCH_FN(forward));
+    m.impl("_outlier_exposure_loss_backward", TORCH_FN(backward));
+    m.impl("_outlier_exposure_loss_backward_from_unit", TORCH_FN(backward_from_unit));
+  }
+
+ private:
+  template <typename acc_t>
+  static Alpha<acc_t> make_alpha(double alpha, const std::optional<RowVector>& alphas) {
+    Alpha<acc_t> result;
+    result.value = static_cast<acc_t>(alpha);
+    if (alphas.has_value()) {
+      result.values = alphas->per_row<acc_t>();
+    }
+    return result;
+  }
+
+  static ForwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, double alpha,
+                                   const OptionalTensor& alpha_tensor,
+                                   std::string_view reduction_name, OptionalInt ignore_index,
+                                   OptionalInt ood_index, bool save_for_backward,
+                                   bool unit_gradient) {
     const Reduction reduction = parse_reduction(reduction_name);
     check_inputs(logits, target);
     check_alpha(logits, target, alpha, alpha_tensor);
-    check_backward(grad, logits, target, row_max, row_sum_exp, counts, reduction);
+    check_has_unit_gradient(unit_gradient, reduction);
     const c10::DeviceGuard guard(logits.device());
 
-    at::Tensor grad_logits = at::empty_like(logits);
-    if (grad_logits.numel() == 0) {
-      return grad_logits;
+    const at::ScalarType dtype = loss_dtype(logits);
+    const auto options = logits.options().dtype(dtype);
+    const bool reduces = reduction != Reduction::kNone;
+    const bool save_cross_entropy = save_for_backward && alpha_tensor.has_value();
+    const auto per_row = [&](bool needed) {
+      return needed ? at::empty(target.sizes(), options) : at::empty({0}, options);
+    };
+    at::Tensor loss = reduces ? at::empty({}, options) : per_row(true);
+    at::Tensor row_cross_entropy = save_for_backward ? per_row(save_cross_entropy) : at::Tensor();
+    at::Tensor row_max = save_for_backward ? per_row(true) : at::Tensor();
+    at::Tensor row_sum_exp = save_for_backward ? per_row(true) : at::Tensor();
+    at::Tensor counts = at::empty({reduces ? 2 : 0}, options.dtype(at::kLong));
+    at::Tensor grad_logits;
+    if (save_for_backward) {
+      grad_logits = unit_gradient ? at::empty_like(logits) : at::empty({0}, logits.options());
     }
+
+    const RowView input = rows_to_read(logits);
+    std::optional<RowView> output;
+    if (unit_gradient) {
+      output.emplace(rows_to_write(grad_logits));
+    }
+    const at::Tensor labels = target.contiguous();
+    std::optional<RowVector> alphas;
+    if (alpha_tensor.has_value()) {
+      alphas.emplace(*alpha_tensor, target, dtype);
+    }
+
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, logits.scalar_type(), "outlier_exposure_loss", [&] {
+          using acc_t = at::opmath_type<scalar_t>;
+          ForwardArgs<scalar_t, acc_t> args;
+          args.layout = input.layout;
+          args.logits = input.tensor.template const_data_ptr<scalar_t>();
+          args.labels = make_labels(labels, logits.size(1), ignore_index, ood_index);
+          args.alpha = make_alpha<acc_t>(alpha, alphas);
+          args.reduction = reduction;
+          if (save_cross_entropy) {
+            args.row_cross_entropy = row_cross_entropy.template mutable_data_ptr<acc_t>();
+          }
+          if (save_for_backward) {
+            args.row_max = row_max.template mutable_data_ptr<acc_t>();
+            args.row_sum_exp = row_sum_exp.template mutable_data_ptr<acc_t>();
+          }
+          if (reduces) {
+            args.output.loss = loss.template mutable_data_ptr<acc_t>();
+            args.output.counts = counts.template mutable_data_ptr<int64_t>();
+          } else {
+            args.row_loss = loss.template mutable_data_ptr<acc_t>();
+          }
+          if (output.has_value()) {
+            args.grad_layout = output->layout;
+            args.grad_logits = output->tensor.template mutable_data_ptr<scalar_t>();
+          }
+          check_labels(Backend::forward(args), args.labels, target);
+        });
+    if (output.has_value() && !output->tensor.is_same(grad_logits)) {
+      grad_logits.copy_(output->tensor);
+    }
+    return {loss, row_cross_entropy, row_max, row_sum_exp, counts, grad_logits};
+  }
+
+  static void run_backward(const at::Tensor& grad_logits, bool has_unit_gradient,
+                           const at::Tensor& grad, const at::Tensor& logits,
+                           const at::Tensor& target, const at::Tensor& row_max,
+                           const at::Tensor& row_sum_exp, const at::Tensor& counts, double alpha,
+                           const OptionalTensor& alpha_tensor, std::string_view reduction_name,
+                           OptionalInt ignore_index, OptionalInt ood_index) {
+    const Reduction reduction = parse_reduction(reduction_name);
+    check_alpha(logits, target, alpha, alpha_tensor);
+    check_backward(grad, logits, target, row_max, row_sum_exp, counts, reduction);
+    if (grad_logits.numel() == 0) {
+      return;
+    }
+    const c10::DeviceGuard guard(logits.device());
+
     const RowView input = rows_to_read(logits);
     const RowView output = rows_to_write(grad_logits);
+    const bool in_place = output.tensor.is_same(grad_logits);
     const at::Tensor labels = target.contiguous();
     const at::Tensor maxima = row_max.contiguous();
     const at::Tensor sums_exp = row_sum_exp.contiguous();
@@ -149,95 +268,12 @@ struct Operator {
           args.counts = reduction == Reduction::kNone
                             ? nullptr
                             : group_counts.template const_data_ptr<int64_t>();
+          args.has_unit_gradient = has_unit_gradient && in_place;
           check_labels(Backend::backward(args), args.labels, target);
         });
-    if (!output.tensor.is_same(grad_logits)) {
+    if (!in_place) {
       grad_logits.copy_(output.tensor);
     }
-    return grad_logits;
-  }
-
-  // Registers every operator for the dispatch key of this backend.
-  static void register_for(torch::Library& m) {
-    m.impl("outlier_exposure_loss", TORCH_FN(loss));
-    m.impl("outlier_exposure_loss.tensor_alpha", TORCH_FN(loss_tensor_alpha));
-    m.impl("_outlier_exposure_loss_forward", TORCH_FN(forward));
-    m.impl("_outlier_exposure_loss_backward", TORCH_FN(backward));
-  }
-
- private:
-  template <typename acc_t>
-  static Alpha<acc_t> make_alpha(double alpha, const std::optional<RowVector>& alphas) {
-    Alpha<acc_t> result;
-    result.value = static_cast<acc_t>(alpha);
-    if (alphas.has_value()) {
-      result.values = alphas->per_row<acc_t>();
-    }
-    return result;
-  }
-
-  static ForwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, double alpha,
-                                   const OptionalTensor& alpha_tensor,
-                                   std::string_view reduction_name, OptionalInt ignore_index,
-                                   OptionalInt ood_index, bool save_for_backward) {
-    const Reduction reduction = parse_reduction(reduction_name);
-    check_inputs(logits, target);
-    check_alpha(logits, target, alpha, alpha_tensor);
-    const c10::DeviceGuard guard(logits.device());
-
-    const at::ScalarType dtype = loss_dtype(logits);
-    const auto options = logits.options().dtype(dtype);
-    const bool reduces = reduction != Reduction::kNone;
-    const bool save_cross_entropy = save_for_backward && alpha_tensor.has_value();
-    const at::Tensor row_loss = at::empty(target.sizes(), options);
-    const auto empty_unless = [&](bool needed) {
-      return needed ? at::empty(target.sizes(), options) : at::empty({0}, options);
-    };
-    at::Tensor row_cross_entropy =
-        save_for_backward ? empty_unless(save_cross_entropy) : at::Tensor();
-    at::Tensor row_max = save_for_backward ? empty_unless(true) : at::Tensor();
-    at::Tensor row_sum_exp = save_for_backward ? empty_unless(true) : at::Tensor();
-    at::Tensor counts = at::empty({reduces ? 2 : 0}, options.dtype(at::kLong));
-    at::Tensor loss = reduces ? at::empty({}, options) : row_loss;
-
-    const RowView input = rows_to_read(logits);
-    const at::Tensor labels = target.contiguous();
-    std::optional<RowVector> alphas;
-    if (alpha_tensor.has_value()) {
-      alphas.emplace(*alpha_tensor, target, dtype);
-    }
-
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, logits.scalar_type(), "outlier_exposure_loss", [&] {
-          using acc_t = at::opmath_type<scalar_t>;
-          ForwardArgs<scalar_t, acc_t> args;
-          args.layout = input.layout;
-          args.logits = input.tensor.template const_data_ptr<scalar_t>();
-          args.labels = make_labels(labels, logits.size(1), ignore_index, ood_index);
-          args.alpha = make_alpha<acc_t>(alpha, alphas);
-          args.row_loss = row_loss.template mutable_data_ptr<acc_t>();
-          if (save_cross_entropy) {
-            args.row_cross_entropy = row_cross_entropy.template mutable_data_ptr<acc_t>();
-          }
-          if (save_for_backward) {
-            args.row_max = row_max.template mutable_data_ptr<acc_t>();
-            args.row_sum_exp = row_sum_exp.template mutable_data_ptr<acc_t>();
-          }
-          if (target.numel() > 0) {
-            check_labels(Backend::forward(args), args.labels, target);
-          }
-          if (reduces) {
-            ReduceArgs<acc_t> reduce_args;
-            reduce_args.num_rows = target.numel();
-            reduce_args.labels = args.labels;
-            reduce_args.reduction = reduction;
-            reduce_args.row_loss = args.row_loss;
-            reduce_args.loss = loss.template mutable_data_ptr<acc_t>();
-            reduce_args.counts = counts.template mutable_data_ptr<int64_t>();
-            Backend::reduce(reduce_args);
-          }
-        });
-    return {loss, row_cross_entropy, row_max, row_sum_exp, counts};
   }
 };
 

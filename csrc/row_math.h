@@ -146,6 +146,19 @@ struct RowGradient {
   int64_t label = -1;     // q is 1 at this class; -1 in an outlier row
   bool active = false;
 
+  C10_HOST_DEVICE static RowGradient of_row(acc_t max, acc_t sum_exp, acc_t scale, RowKind kind,
+                                            int64_t label, int64_t num_classes) {
+    const bool outlier = kind == RowKind::kOutlier;
+    RowGradient gradient;
+    gradient.max = max;
+    gradient.inverse_sum = acc_t(1) / sum_exp;
+    gradient.scale = scale;
+    gradient.uniform = outlier ? acc_t(1) / static_cast<acc_t>(num_classes) : acc_t(0);
+    gradient.label = outlier ? int64_t(-1) : label;
+    gradient.active = true;
+    return gradient;
+  }
+
   C10_HOST_DEVICE acc_t operator()(acc_t x, int64_t cls) const {
     const acc_t q = cls == label ? acc_t(1) : uniform;
     return active ? scale * (std::exp(x - max) * inverse_sum - q) : acc_t(0);
@@ -156,6 +169,16 @@ struct RowGradient {
 struct GroupCounts {
   int64_t inliers = 0;
   int64_t outliers = 0;
+
+  C10_HOST_DEVICE void add(RowKind kind) {
+    inliers += kind == RowKind::kInlier;
+    outliers += kind == RowKind::kOutlier;
+  }
+
+  C10_HOST_DEVICE void merge(const GroupCounts& other) {
+    inliers += other.inliers;
+    outliers += other.outliers;
+  }
 };
 
 // What a reduction divides the loss of a position of this kind by. It is 0 only where no position
@@ -180,20 +203,15 @@ struct GroupSums {
   GroupCounts counts;
 
   C10_HOST_DEVICE void add(RowKind kind, double loss) {
-    if (kind == RowKind::kInlier) {
-      inliers += loss;
-      counts.inliers += 1;
-    } else if (kind == RowKind::kOutlier) {
-      outliers += loss;
-      counts.outliers += 1;
-    }
+    inliers += kind == RowKind::kInlier ? loss : 0.0;
+    outliers += kind == RowKind::kOutlier ? loss : 0.0;
+    counts.add(kind);
   }
 
   C10_HOST_DEVICE void merge(const GroupSums& other) {
     inliers += other.inliers;
     outliers += other.outliers;
-    counts.inliers += other.counts.inliers;
-    counts.outliers += other.counts.outliers;
+    counts.merge(other.counts);
   }
 
   // The reduced loss of num_rows positions, ignored ones among them.

@@ -26,10 +26,13 @@ inline void define_operators(torch::Library& m) {
   //                      alpha_tensor; empty without one
   //   row_max, row_sum_exp  shape of target: the maximum, and the sum of exp(logit - maximum)
   //   counts             int64 [2]: positions of inliers and of outliers; empty for "none"
+  //   unit_gradient      shape of logits: the gradient for an upstream gradient of 1, where it was
+  //                      asked for (not for "none"); else empty
   m.def(
       "_outlier_exposure_loss_forward(Tensor logits, Tensor target, float alpha, "
-      "Tensor? alpha_tensor, str reduction, int? ignore_index, int? ood_index) -> "
-      "(Tensor loss, Tensor row_cross_entropy, Tensor row_max, Tensor row_sum_exp, Tensor counts)",
+      "Tensor? alpha_tensor, str reduction, int? ignore_index, int? ood_index, "
+      "bool unit_gradient) -> (Tensor loss, Tensor row_cross_entropy, Tensor row_max, "
+      "Tensor row_sum_exp, Tensor counts, Tensor unit_gradient)",
       tags);
 
   // The gradient with respect to the logits.
@@ -37,6 +40,14 @@ inline void define_operators(torch::Library& m) {
       "_outlier_exposure_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor row_max, "
       "Tensor row_sum_exp, Tensor counts, float alpha, Tensor? alpha_tensor, str reduction, "
       "int? ignore_index, int? ood_index) -> Tensor",
+      tags);
+
+  // The same, in place: from the gradient for an upstream gradient of 1. Nothing is read but grad
+  // where that is what grad is, which no host needs to wait for.
+  m.def(
+      "_outlier_exposure_loss_backward_from_unit(Tensor(a!) unit_gradient, Tensor grad, "
+      "Tensor logits, Tensor target, Tensor row_max, Tensor row_sum_exp, Tensor counts, "
+      "float alpha, Tensor? alpha_tensor, str reduction, int? ignore_index, int? ood_index) -> ()",
       tags);
 }
 

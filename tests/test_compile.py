@@ -11,6 +11,7 @@ from oe_ext import outlier_exposure_loss
 pytestmark = pytest.mark.no_simt("no kernel matters here")
 
 FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward
+BACKWARD_FROM_UNIT = torch.ops.oe_ext._outlier_exposure_loss_backward_from_unit
 BACKWARD = torch.ops.oe_ext._outlier_exposure_loss_backward
 
 
@@ -112,12 +113,20 @@ def test_opcheck(device, shape, dtype, reduction):
     for weight in (None, alpha.detach()):
         options = (0.5, weight, reduction, IGNORE, None)
         arguments = (logits.detach(), target, *options)
-        opcheck(FORWARD.default, arguments)
-        loss, _, *statistics = FORWARD(*arguments)
+        opcheck(FORWARD.default, (*arguments, False))
+        loss, _, *statistics, _ = FORWARD(*arguments, False)
         opcheck(
             BACKWARD.default,
             (torch.ones_like(loss).requires_grad_(), logits, target, *statistics, *options),
         )
+        if reduction != "none":
+            opcheck(FORWARD.default, (*arguments, True))
+            unit_gradient = FORWARD(*arguments, True)[-1]
+            grad = torch.full_like(loss, 3.0)
+            opcheck(
+                BACKWARD_FROM_UNIT.default,
+                (unit_gradient, grad, logits.detach(), target, *statistics, *options),
+            )
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

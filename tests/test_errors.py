@@ -161,7 +161,7 @@ def test_backward_operator_checks_its_inputs():
     forward = torch.ops.oe_ext._outlier_exposure_loss_forward
     backward = torch.ops.oe_ext._outlier_exposure_loss_backward
     options = (0.5, None, "mean", None, None)
-    loss, _, row_max, row_sum_exp, counts = forward(LOGITS, TARGET, *options)
+    loss, _, row_max, row_sum_exp, counts, _ = forward(LOGITS, TARGET, *options, False)
     tensors = {
         "grad": loss,
         "logits": LOGITS,

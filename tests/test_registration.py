@@ -10,6 +10,7 @@ OPERATORS = [
     "oe_ext::outlier_exposure_loss.tensor_alpha",
     "oe_ext::_outlier_exposure_loss_forward",
     "oe_ext::_outlier_exposure_loss_backward",
+    "oe_ext::_outlier_exposure_loss_backward_from_unit",
 ]
 
 

@@ -12,60 +12,95 @@
 namespace oe_ext::cpu {
 namespace {
 
-// Below this many logits a second thread costs more than it brings.
+// Below this many logits, or labels, a second thread costs more than it brings.
 constexpr int64_t kGrainElements = 32768;
 
-// Runs body(tile) for every tile; returns the first row with an illegal label, or -1.
-template <typename Args, typename Body>
-int64_t for_each_tile(const Args& args, const Body& body) {
-  const Tiling tiling(args.layout);
-  const int64_t tile_elements = tiling.tile_rows * args.layout.num_classes;
-  std::vector<int64_t> bad_rows(tiling.num_tiles, -1);
-  at::parallel_for(0, tiling.num_tiles, std::max<int64_t>(1, kGrainElements / tile_elements),
+// What one task finds out; tasks are cut by the shape alone and merged in their order.
+struct TaskResult {
+  int64_t bad_row = -1;  // the first row with an illegal label
+  GroupSums sums;
+};
+
+// Runs body(task) for every task and merges what they return.
+template <typename Body>
+TaskResult for_each_task(int64_t num_tasks, int64_t elements_per_task, const Body& body) {
+  std::vector<TaskResult> results(num_tasks);
+  at::parallel_for(0, num_tasks, std::max<int64_t>(1, kGrainElements / elements_per_task),
                    [&](int64_t begin, int64_t end) {
-                     for (int64_t index = begin; index < end; ++index) {
-                       Tile tile(args, tiling, index);
-                       bad_rows[index] = tile.bad_row;
-                       if (tile.bad_row < 0) {
-                         body(tile);
-                       }
+                     for (int64_t task = begin; task < end; ++task) {
+                       results[task] = body(task);
                      }
                    });
-  const auto bad = std::find_if(bad_rows.begin(), bad_rows.end(), [](int64_t r) { return r >= 0; });
-  return bad == bad_rows.end() ? -1 : *bad;
+  TaskResult total;
+  for (const TaskResult& result : results) {
+    if (result.bad_row >= 0) {
+      total.bad_row = result.bad_row;
+      break;
+    }
+    total.sums.merge(result.sums);
+  }
+  return total;
+}
+
+template <typename Args, typename Body>
+TaskResult for_each_tile(const Args& args, const Body& body) {
+  const Tiling tiling(args.layout);
+  return for_each_task(tiling.num_tiles, tiling.tile_rows * args.layout.num_classes,
+                       [&](int64_t index) {
+                         Tile tile(args, tiling, index);
+                         TaskResult result;
+                         result.bad_row = tile.bad_row;
+                         if (tile.bad_row < 0) {
+                           body(tile, result.sums);
+                         }
+                         return result;
+                       });
+}
+
+TaskResult count_rows(const Labels& labels, int64_t num_rows) {
+  const int64_t num_tasks = (num_rows + kGrainElements - 1) / kGrainElements;
+  return for_each_task(num_tasks, kGrainElements, [&](int64_t task) {
+    const int64_t begin = task * kGrainElements;
+    const int64_t end = std::min(begin + kGrainElements, num_rows);
+    TaskResult result;
+    for (int64_t row = begin; row < end; ++row) {
+      const RowKind kind = labels.rule.kind(labels[row]);
+      if (kind == RowKind::kInvalid) {
+        result.bad_row = row;
+        break;
+      }
+      result.sums.counts.add(kind);
+    }
+    return result;
+  });
 }
 
 }  // namespace
 
 template <typename scalar_t, typename acc_t>
 int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
-  return for_each_tile(args, [&](Tile& tile) { forward_tile(args, tile); });
+  GroupCounts counts;
+  if (args.needs_counts_first()) {
+    const TaskResult counted = count_rows(args.labels, args.layout.num_rows());
+    if (counted.bad_row >= 0) {
+      return counted.bad_row;
+    }
+    counts = counted.sums.counts;
+  }
+  const TaskResult result = for_each_tile(
+      args, [&](Tile& tile, GroupSums& sums) { forward_tile(args, tile, counts, sums); });
+  if (result.bad_row < 0 && args.output.loss != nullptr) {
+    args.output.write(result.sums, args.reduction, args.layout.num_rows());
+  }
+  return result.bad_row;
 }
 
 template <typename scalar_t, typename acc_t>
 int64_t backward(const BackwardArgs<scalar_t, acc_t>& args) {
-  return for_each_tile(args, [&](Tile& tile) { backward_tile(args, tile); });
-}
-
-// Blocks of a fixed size, whose sums are added in their order.
-template <typename acc_t>
-void reduce(const ReduceArgs<acc_t>& args) {
-  constexpr int64_t kBlockRows = 4096;
-  const int64_t num_blocks = (args.num_rows + kBlockRows - 1) / kBlockRows;
-  std::vector<GroupSums> blocks(num_blocks);
-  at::parallel_for(0, num_blocks, kGrainElements / kBlockRows, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t last = std::min((block + 1) * kBlockRows, args.num_rows);
-      for (int64_t row = block * kBlockRows; row < last; ++row) {
-        args.add_row(blocks[block], row);
-      }
-    }
-  });
-  GroupSums total;
-  for (const GroupSums& block : blocks) {
-    total.merge(block);
+  if (args.is_done()) {
+    return -1;
   }
-  args.write(total);
+  return for_each_tile(args, [&](Tile& tile, GroupSums&) { backward_tile(args, tile); }).bad_row;
 }
 
 #define OE_EXT_INSTANTIATE(scalar_t, acc_t)                           \
@@ -76,8 +111,5 @@ OE_EXT_INSTANTIATE(float, float);
 OE_EXT_INSTANTIATE(c10::Half, float);
 OE_EXT_INSTANTIATE(c10::BFloat16, float);
 #undef OE_EXT_INSTANTIATE
-
-template void reduce(const ReduceArgs<double>& args);
-template void reduce(const ReduceArgs<float>& args);
 
 }  // namespace oe_ext::cpu

@@ -12,7 +12,4 @@ int64_t forward(const ForwardArgs<scalar_t, acc_t>& args);
 template <typename scalar_t, typename acc_t>
 int64_t backward(const BackwardArgs<scalar_t, acc_t>& args);
 
-template <typename acc_t>
-void reduce(const ReduceArgs<acc_t>& args);
-
 }  // namespace oe_ext::cpu

@@ -15,11 +15,6 @@ struct CpuBackend {
   static int64_t backward(const BackwardArgs<scalar_t, acc_t>& args) {
     return cpu::backward(args);
   }
-
-  template <typename acc_t>
-  static void reduce(const ReduceArgs<acc_t>& args) {
-    cpu::reduce(args);
-  }
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 
 #include "../kernel_args.h"
 
@@ -101,9 +102,28 @@ void add_classes(const RowLayout& layout, const Tile& tile, int64_t begin, int64
   }
 }
 
-// Reads a tile twice, the second time from cache: for the maxima, then for the sums.
+// Writes the gradients of a tile: zeros where a row does not count.
+template <typename Args, typename acc_t>
+void write_gradients(const Args& args, Tile& tile,
+                     const std::array<RowGradient<acc_t>, kMaxTileRows>& gradients) {
+  using scalar_t = std::remove_pointer_t<decltype(args.grad_logits)>;
+  const RowLayout& layout = args.layout;
+  const RowLayout& grad_layout = args.grad_layout;
+  const scalar_t* logits = args.logits + layout.row_offset(tile.first_row);
+  scalar_t* grad_logits = args.grad_logits + grad_layout.row_offset(tile.first_row);
+  tile.active.fill(true);
+  for_each_logit(layout, tile, 0, layout.num_classes, [&](int64_t i, int64_t cls) {
+    const auto x = static_cast<acc_t>(logits[i * layout.inner_stride + layout.class_offset(cls)]);
+    grad_logits[i * grad_layout.inner_stride + grad_layout.class_offset(cls)] =
+        static_cast<scalar_t>(gradients[i](x, cls));
+  });
+}
+
+// Reads a tile for the maxima, then, from cache, for the sums, then for the gradient if it is asked
+// for.
 template <typename scalar_t, typename acc_t>
-void forward_tile(const ForwardArgs<scalar_t, acc_t>& args, Tile& tile) {
+void forward_tile(const ForwardArgs<scalar_t, acc_t>& args, Tile& tile, GroupCounts counts,
+                  GroupSums& sums) {
   const RowLayout& layout = args.layout;
   const scalar_t* logits = args.logits + layout.row_offset(tile.first_row);
   const auto load = [&](int64_t i, int64_t cls) {
@@ -120,27 +140,26 @@ void forward_tile(const ForwardArgs<scalar_t, acc_t>& args, Tile& tile) {
   });
   add_classes(layout, tile, 0, layout.num_classes, load, stats);
   for (int64_t i = 0; i < tile.size; ++i) {
-    args.write_row(tile.first_row + i, tile.label[i], tile.kind[i], stats[i]);
+    const int64_t row = tile.first_row + i;
+    sums.add(tile.kind[i], args.write_row(row, tile.label[i], tile.kind[i], stats[i]));
+  }
+  if (args.grad_logits != nullptr) {
+    std::array<RowGradient<acc_t>, kMaxTileRows> gradients;
+    for (int64_t i = 0; i < tile.size; ++i) {
+      gradients[i] =
+          args.row_gradient(tile.first_row + i, tile.label[i], tile.kind[i], stats[i], counts);
+    }
+    write_gradients(args, tile, gradients);
   }
 }
 
 template <typename scalar_t, typename acc_t>
 void backward_tile(const BackwardArgs<scalar_t, acc_t>& args, Tile& tile) {
-  const RowLayout& layout = args.layout;
-  const RowLayout& grad_layout = args.grad_layout;
-  const scalar_t* logits = args.logits + layout.row_offset(tile.first_row);
-  scalar_t* grad_logits = args.grad_logits + grad_layout.row_offset(tile.first_row);
-
-  std::array<RowGradient<acc_t>, kMaxTileRows> gradient;
+  std::array<RowGradient<acc_t>, kMaxTileRows> gradients;
   for (int64_t i = 0; i < tile.size; ++i) {
-    gradient[i] = args.row_gradient(tile.first_row + i, tile.label[i], tile.kind[i]);
-    tile.active[i] = true;  // every row has a gradient to write, if only zeros
+    gradients[i] = args.row_gradient(tile.first_row + i, tile.label[i], tile.kind[i]);
   }
-  for_each_logit(layout, tile, 0, layout.num_classes, [&](int64_t i, int64_t cls) {
-    const auto x = static_cast<acc_t>(logits[i * layout.inner_stride + layout.class_offset(cls)]);
-    grad_logits[i * grad_layout.inner_stride + grad_layout.class_offset(cls)] =
-        static_cast<scalar_t>(gradient[i](x, cls));
-  });
+  write_gradients(args, tile, gradients);
 }
 
 }  // namespace oe_ext::cpu

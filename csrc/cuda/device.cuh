@@ -1,9 +1,15 @@
-// What the kernels need of the device: wide loads, and merges over a warp and a block.
+// What the kernels need of the device: wide loads, merges over a warp and a block, and a place for
+// what a thread reads twice.
 #pragma once
 
 #include <cstring>
 
 #include "../kernel_args.h"
+
+// Declares `name`, the dynamic shared memory of a launch.
+#ifndef SIMT_CPU
+#define OE_EXT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
 
 namespace oe_ext::cuda {
 
@@ -14,6 +20,13 @@ constexpr int kVectorBytes = 16;
 // Elements of one 16-byte load.
 template <typename scalar_t>
 constexpr int kVectorSize = kVectorBytes / static_cast<int>(sizeof(scalar_t));
+
+// The number of this thread in its grid, and how many there are. All offsets that a kernel computes
+// start from these, or from blockIdx alone, in 64 bits.
+__device__ inline int64_t grid_thread() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ inline int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
 // kSize neighbouring elements, moved at once; aligned to their size.
 template <typename scalar_t, int kSize>
@@ -31,41 +44,69 @@ __device__ void store_vector(scalar_t* to, const Vector<scalar_t, kSize>& vector
   *reinterpret_cast<Vector<scalar_t, kSize>*>(to) = vector;
 }
 
-// The value of the lane `distance` above this one.
+// What a thread has read and will read again, in dynamic shared memory. A thread reads back what it
+// wrote itself and nothing else, so that no barrier is needed.
+template <typename Unit>
+class Stage {
+ public:
+  // `slots` has room for a number of units times the threads of the block, or is null: nothing is
+  // kept, and what is read again comes from global memory.
+  __device__ explicit Stage(unsigned char* slots) : slots_(reinterpret_cast<Unit*>(slots)) {}
+
+  __device__ bool keeps() const { return slots_ != nullptr; }
+  __device__ void put(int64_t slot, const Unit& unit) const { slots_[index(slot)] = unit; }
+  __device__ Unit get(int64_t slot) const { return slots_[index(slot)]; }
+
+ private:
+  // Neighbouring threads lie next to one another: no bank conflicts.
+  __device__ static int64_t index(int64_t slot) { return slot * blockDim.x + threadIdx.x; }
+
+  Unit* slots_;
+};
+
+// The value of the lane whose number differs in the bits of `mask`.
 template <typename T>
-__device__ RowStats<T> shuffle_down(const RowStats<T>& stats, int distance) {
+__device__ RowStats<T> shuffle_xor(const RowStats<T>& stats, int mask) {
   RowStats<T> other;
-  other.max = __shfl_down_sync(kFullMask, stats.max, distance);
-  other.sum_exp = __shfl_down_sync(kFullMask, stats.sum_exp, distance);
-  other.sum_shifted = __shfl_down_sync(kFullMask, stats.sum_shifted, distance);
-  other.count = __shfl_down_sync(kFullMask, stats.count, distance);
+  other.max = __shfl_xor_sync(kFullMask, stats.max, mask);
+  other.sum_exp = __shfl_xor_sync(kFullMask, stats.sum_exp, mask);
+  other.sum_shifted = __shfl_xor_sync(kFullMask, stats.sum_shifted, mask);
+  other.count = __shfl_xor_sync(kFullMask, stats.count, mask);
   return other;
 }
 
-__device__ inline GroupSums shuffle_down(const GroupSums& sums, int distance) {
+__device__ inline GroupCounts shuffle_xor(const GroupCounts& counts, int mask) {
+  GroupCounts other;
+  other.inliers = __shfl_xor_sync(kFullMask, counts.inliers, mask);
+  other.outliers = __shfl_xor_sync(kFullMask, counts.outliers, mask);
+  return other;
+}
+
+__device__ inline GroupSums shuffle_xor(const GroupSums& sums, int mask) {
   GroupSums other;
-  other.inliers = __shfl_down_sync(kFullMask, sums.inliers, distance);
-  other.outliers = __shfl_down_sync(kFullMask, sums.outliers, distance);
-  other.counts.inliers = __shfl_down_sync(kFullMask, sums.counts.inliers, distance);
-  other.counts.outliers = __shfl_down_sync(kFullMask, sums.counts.outliers, distance);
+  other.inliers = __shfl_xor_sync(kFullMask, sums.inliers, mask);
+  other.outliers = __shfl_xor_sync(kFullMask, sums.outliers, mask);
+  other.counts = shuffle_xor(sums.counts, mask);
   return other;
 }
 
-// Merges the values of a warp into lane 0, always in the same order. All 32 lanes must call it.
+// Merges the values of each group of `lanes` neighbouring lanes, a power of two, and gives the
+// result to all of them: the same bits, since merge() is commutative and the tree is symmetric. All
+// 32 lanes of the warp must call it.
 template <typename T>
-__device__ T merge_warp(T value) {
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value.merge(shuffle_down(value, distance));
+__device__ T merge_lanes(T value, int lanes) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) {
+    value.merge(shuffle_xor(value, mask));
   }
   return value;
 }
 
-// Merges the values of a block into thread 0, always in the same order. All threads must call it,
-// and the block must be whole warps.
+// Merges the values of a block, always in the same order, and gives the result to all threads. All
+// of them must call it, and the block must be whole warps.
 //
 // Shared mem:  one T a warp.
-// Sync:        thread 0's warp waits for every warp's result; the second barrier keeps the next
-//              call in a loop from writing over what that warp still reads.
+// Sync:        every warp waits for every warp's result; the second barrier keeps the next call
+//              from writing over what a slow warp still reads.
 template <typename T>
 __device__ T merge_block(T value) {
   constexpr int kMaxWarps = 1024 / kWarpSize;
@@ -76,20 +117,37 @@ __device__ T merge_block(T value) {
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
-  value = merge_warp(value);
+  value = merge_lanes(value, kWarpSize);
   if (lane == 0) {
     std::memcpy(results + warp * kWords, &value, sizeof(T));
   }
   __syncthreads();
-  if (warp == 0) {
-    T other;
-    if (lane < num_warps) {
-      std::memcpy(&other, results + lane * kWords, sizeof(T));
-    }
-    value = merge_warp(other);
+  T other;
+  if (lane < num_warps) {
+    std::memcpy(&other, results + lane * kWords, sizeof(T));
   }
+  value = merge_lanes(other, kWarpSize);
   __syncthreads();
   return value;
+}
+
+// What one kernel of a call leaves for the next: a value a block. They are summed in a fixed order
+// and without atomics, so that the bits are the same every time.
+struct Partials {
+  GroupCounts* counts = nullptr;  // [num_counts], before the rows; or null
+  GroupSums* sums = nullptr;      // [num_sums], by the rows; null for none
+  int num_counts = 0;
+  int num_sums = 0;
+};
+
+// The sum of an array, for every thread of the block.
+template <typename T>
+__device__ T merge_partials(const T* partials, int num_partials) {
+  T total;
+  for (int i = static_cast<int>(threadIdx.x); i < num_partials; i += static_cast<int>(blockDim.x)) {
+    total.merge(partials[i]);
+  }
+  return merge_block(total);
 }
 
 }  // namespace oe_ext::cuda

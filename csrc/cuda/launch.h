@@ -16,16 +16,20 @@ using Stream = void*;
 using Stream = cudaStream_t;
 #endif
 
+// Blocks of a grid, whose kernels stride over what is left; also the number of partial sums.
+constexpr int64_t kMaxBlocks = 4096;
+constexpr int64_t kMaxCountPartials = 128;
+// Every GPU gives a block this much dynamic shared memory without being asked in advance.
+constexpr int64_t kMaxStageBytes = 48 * 1024 - 4 * 1024;  // the rest is for merge_block
+
+// What forward() needs for its partial sums, aligned to 16 bytes.
+constexpr int64_t kScratchBytes =
+    kMaxBlocks * sizeof(GroupSums) + kMaxCountPartials * sizeof(GroupCounts);
+
 template <typename scalar_t, typename acc_t>
-void forward(const ForwardArgs<scalar_t, acc_t>& args, Stream stream);
+void forward(const ForwardArgs<scalar_t, acc_t>& args, void* scratch, Stream stream);
 
 template <typename scalar_t, typename acc_t>
 void backward(const BackwardArgs<scalar_t, acc_t>& args, Stream stream);
-
-// How many partial sums reduce() needs room for.
-int num_partials(int64_t num_rows);
-
-template <typename acc_t>
-void reduce(const ReduceArgs<acc_t>& args, GroupSums* partials, Stream stream);
 
 }  // namespace oe_ext::cuda

@@ -14,7 +14,13 @@ constexpr int64_t kNoBadRow = -1;
 struct CudaBackend {
   template <typename scalar_t, typename acc_t>
   static int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
-    cuda::forward(args, c10::cuda::getCurrentCUDAStream());
+    at::Tensor scratch;
+    if (args.output.loss != nullptr) {
+      scratch =
+          at::empty({cuda::kScratchBytes}, at::TensorOptions().dtype(at::kByte).device(at::kCUDA));
+    }
+    cuda::forward(args, scratch.defined() ? scratch.mutable_data_ptr() : nullptr,
+                  c10::cuda::getCurrentCUDAStream());
     return kNoBadRow;
   }
 
@@ -22,15 +28,6 @@ struct CudaBackend {
   static int64_t backward(const BackwardArgs<scalar_t, acc_t>& args) {
     cuda::backward(args, c10::cuda::getCurrentCUDAStream());
     return kNoBadRow;
-  }
-
-  template <typename acc_t>
-  static void reduce(const ReduceArgs<acc_t>& args) {
-    const int64_t bytes = cuda::num_partials(args.num_rows) * sizeof(GroupSums);
-    const at::Tensor partials =
-        at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(at::kCUDA));
-    cuda::reduce(args, static_cast<GroupSums*>(partials.mutable_data_ptr()),
-                 c10::cuda::getCurrentCUDAStream());
   }
 };
 

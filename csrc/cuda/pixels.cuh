@@ -7,75 +7,180 @@
 namespace oe_ext::cuda {
 
 // Classes whose loads are in flight at once in one thread.
-constexpr int kClassesAtOnce = 4;
+template <int kSize>
+constexpr int kClassesAtOnce = kSize > 1 ? 4 : static_cast<int>(kClassBlock);
 
-// The loss and the statistics of every row, each logit read once.
-// Work split:  one thread per row, neighbouring threads on neighbouring rows; a thread reads its
-//              classes in their order, kClassesAtOnce at a time. Threads stride over the rows.
-// Reads:       logits, 1 pass, coalesced where the row stride is 1, and the one at the label again;
-//              labels and alpha [num_rows]
-// Writes:      row_loss; row_cross_entropy, row_max, row_sum_exp where asked for; [num_rows]
-// Shared mem:  none     Sync: none
-// Numerics:    acc_t; a running maximum and sums relative to it. -inf and NaN: see RowStats
-// Assumes:     nothing
-// Used when:   the row stride is below the class stride
-template <typename scalar_t, typename acc_t>
-__global__ void outlier_exposure_forward_pixels_kernel(ForwardArgs<scalar_t, acc_t> args) {
-  const RowLayout& layout = args.layout;
-  const int64_t num_rows = layout.num_rows();
-  const int64_t num_threads = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < num_rows;
-       row += num_threads) {
-    const int64_t label = args.labels[row];
-    const RowKind kind = args.labels.rule.kind(label);
-    CUDA_KERNEL_ASSERT(kind != RowKind::kInvalid && "target must be a class or a mark");
-    RowStats<acc_t> stats;
-    if (args.is_active(row, kind)) {
-      const scalar_t* x = args.logits + layout.row_offset(row);
-      for (int64_t begin = 0; begin < layout.num_classes; begin += kClassBlock) {
-        auto block = RowStats<acc_t>::below(stats.max);
-        const int64_t rest = layout.num_classes - begin;
-        const int64_t end = begin + (rest < kClassBlock ? rest : kClassBlock);
-        int64_t cls = begin;
-        for (; cls + kClassesAtOnce <= end; cls += kClassesAtOnce) {
-          acc_t values[kClassesAtOnce];
-          for (int i = 0; i < kClassesAtOnce; ++i) {
-            values[i] = static_cast<acc_t>(x[layout.class_offset(cls + i)]);
-          }
-          block.push(values);
-        }
-        for (; cls < end; ++cls) {
-          block.push(static_cast<acc_t>(x[layout.class_offset(cls)]));
-        }
-        stats.merge(block);
+// The most threads a block of pixels has. A thread that holds several rows takes up to 150
+// registers: of larger blocks, fewer threads would fit a multiprocessor.
+constexpr int kPixelThreads = 128;
+
+// The statistics of kSize neighbouring rows that start at `x`. `stage` keeps their logits, by
+// class.
+template <int kSize, typename scalar_t, typename acc_t>
+__device__ void pixel_stats(const scalar_t* x, const RowLayout& layout,
+                            const Stage<Vector<scalar_t, kSize>>& stage,
+                            RowStats<acc_t> (&stats)[kSize]) {
+  constexpr int kAtOnce = kClassesAtOnce<kSize>;
+  for (int64_t begin = 0; begin < layout.num_classes; begin += kAtOnce) {
+    Vector<scalar_t, kSize> units[kAtOnce];
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (begin + i < layout.num_classes) {
+        units[i] = load_vector<kSize>(x + layout.class_offset(begin + i));
       }
     }
-    args.write_row(row, label, kind, stats);
+    if (stage.keeps()) {
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (begin + i < layout.num_classes) {
+          stage.put(begin + i, units[i]);
+        }
+      }
+    }
+    for (int k = 0; k < kSize; ++k) {
+      acc_t max = stats[k].max;
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (begin + i < layout.num_classes) {
+          const auto value = static_cast<acc_t>(units[i].values[k]);
+          max = value > max ? value : max;
+        }
+      }
+      auto block = RowStats<acc_t>::below(max);
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (begin + i < layout.num_classes) {
+          block.add(static_cast<acc_t>(units[i].values[k]));
+        }
+      }
+      stats[k].merge(block);
+    }
   }
 }
 
-// The gradient of every row, each logit read once and each gradient written once.
+// Writes the gradients of kSize neighbouring rows: zeros where a row does not count; where none of
+// them does, without a look at the logits. These come from `stage`, if it keeps them.
+template <int kSize, typename scalar_t, typename acc_t>
+__device__ void write_pixel_gradients(const RowGradient<acc_t> (&gradients)[kSize],
+                                      const scalar_t* x, const RowLayout& layout, scalar_t* grad,
+                                      const RowLayout& grad_layout,
+                                      const Stage<Vector<scalar_t, kSize>>& stage) {
+  constexpr int kAtOnce = kClassesAtOnce<kSize>;
+  bool any_active = false;
+  for (int k = 0; k < kSize; ++k) {
+    any_active |= gradients[k].active;
+  }
+  for (int64_t begin = 0; begin < layout.num_classes; begin += kAtOnce) {
+    Vector<scalar_t, kSize> units[kAtOnce];
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (any_active && begin + i < layout.num_classes) {
+        units[i] = stage.keeps() ? stage.get(begin + i)
+                                 : load_vector<kSize>(x + layout.class_offset(begin + i));
+      }
+    }
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t cls = begin + i;
+      if (cls < layout.num_classes) {
+        Vector<scalar_t, kSize> result;
+        for (int k = 0; k < kSize; ++k) {
+          const auto value =
+              gradients[k].active ? static_cast<acc_t>(units[i].values[k]) : acc_t(0);
+          result.values[k] = static_cast<scalar_t>(gradients[k](value, cls));
+        }
+        store_vector(grad + grad_layout.class_offset(cls), result);
+      }
+    }
+  }
+}
+
+// The loss and the statistics of every row, and, where it is asked for, the gradient for an
+// upstream gradient of 1.
+// Work split:  one thread per kSize neighbouring rows, neighbouring threads on neighbouring rows; a
+//              thread reads its classes in their order, kClassesAtOnce at a time. Threads stride
+//              over the rows
+// Reads:       logits, 1 pass, coalesced where the row stride is 1, and the one at the label again;
+//              a second pass where the gradient is asked for and the stage has no room; labels and
+//              alpha [num_rows]; partials.counts
+// Writes:      row_loss, row_cross_entropy, row_max, row_sum_exp where asked for, [num_rows];
+//              grad_logits where asked for, 1 pass, zeros where a row does not count;
+//              partials.sums [gridDim.x]
+// Shared mem:  merge_block's; dynamic: the stage, num_classes units a thread, or none
+// Sync:        merge_block's, before and after the loop over rows, which has none
+// Numerics:    acc_t; a running maximum and sums relative to it. -inf and NaN: see RowStats. The
+//              sums over rows are in double
+// Assumes:     blockDim.x is a multiple of 32, at most kPixelThreads (launch.cu)
+// Used when:   the row stride is below the class stride; kSize > 1 where num_inner is a multiple of
+//              kSize, and every class of the logits and of the gradient is aligned
+template <typename scalar_t, typename acc_t, int kSize>
+__global__ void outlier_exposure_forward_pixels_kernel(ForwardArgs<scalar_t, acc_t> args,
+                                                       Partials partials, bool staged) {
+  OE_EXT_DYNAMIC_SHARED(slots);
+  const Stage<Vector<scalar_t, kSize>> stage(staged ? slots : nullptr);
+  GroupCounts counts;
+  if (args.needs_counts_first()) {
+    counts = merge_partials(partials.counts, partials.num_counts);
+  }
+  const RowLayout& layout = args.layout;
+  const int64_t num_rows = layout.num_rows();
+  GroupSums sums;
+  for (int64_t first = grid_thread() * kSize; first < num_rows; first += grid_threads() * kSize) {
+    int64_t label[kSize];
+    RowKind kind[kSize];
+    bool any_active = false;
+    for (int k = 0; k < kSize; ++k) {
+      label[k] = args.labels[first + k];
+      kind[k] = args.labels.rule.kind(label[k]);
+      CUDA_KERNEL_ASSERT(kind[k] != RowKind::kInvalid && "target must be a class or a mark");
+      any_active |= args.is_active(first + k, kind[k]);
+    }
+    const scalar_t* x = args.logits + layout.row_offset(first);
+    RowStats<acc_t> stats[kSize];
+    if (any_active) {
+      pixel_stats<kSize>(x, layout, stage, stats);
+    }
+    for (int k = 0; k < kSize; ++k) {
+      sums.add(kind[k],
+               static_cast<double>(args.write_row(first + k, label[k], kind[k], stats[k])));
+    }
+    if (args.grad_logits != nullptr) {
+      RowGradient<acc_t> gradients[kSize];
+      for (int k = 0; k < kSize; ++k) {
+        gradients[k] = args.row_gradient(first + k, label[k], kind[k], stats[k], counts);
+      }
+      write_pixel_gradients<kSize>(gradients, x, layout,
+                                   args.grad_logits + args.grad_layout.row_offset(first),
+                                   args.grad_layout, stage);
+    }
+  }
+  if (partials.sums != nullptr) {
+    sums = merge_block(sums);
+    if (threadIdx.x == 0) {
+      partials.sums[blockIdx.x] = sums;
+    }
+  }
+}
+
+// The gradient of every row.
 // Work split:  as the forward kernel's
-// Reads:       logits, 1 pass; the statistics, labels, alpha and upstream gradient of each row
+// Reads:       logits, 1 pass; the statistics, labels, alpha and upstream gradient of each row.
+//              Where the forward wrote the gradient and the upstream gradient is 1: that one number
 // Writes:      grad_logits, 1 pass; zeros where a row does not count
 // Shared mem:  none     Sync: none
 // Numerics:    acc_t until the store: the upstream gradient multiplies before the cast
-// Assumes:     nothing
-// Used when:   the row stride is below the class stride
-template <typename scalar_t, typename acc_t>
+// Assumes:     blockDim.x is at most kPixelThreads
+// Used when:   as the forward kernel
+template <typename scalar_t, typename acc_t, int kSize>
 __global__ void outlier_exposure_backward_pixels_kernel(BackwardArgs<scalar_t, acc_t> args) {
+  if (args.is_done()) {
+    return;
+  }
+  const Stage<Vector<scalar_t, kSize>> no_stage(nullptr);
   const int64_t num_rows = args.layout.num_rows();
-  const int64_t num_threads = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < num_rows;
-       row += num_threads) {
-    const int64_t label = args.labels[row];
-    const RowGradient<acc_t> gradient = args.row_gradient(row, label, args.labels.rule.kind(label));
-    const scalar_t* x = args.logits + args.layout.row_offset(row);
-    scalar_t* grad = args.grad_logits + args.grad_layout.row_offset(row);
-    for (int64_t cls = 0; cls < args.layout.num_classes; ++cls) {
-      const auto logit = static_cast<acc_t>(x[args.layout.class_offset(cls)]);
-      grad[args.grad_layout.class_offset(cls)] = static_cast<scalar_t>(gradient(logit, cls));
+  for (int64_t first = grid_thread() * kSize; first < num_rows; first += grid_threads() * kSize) {
+    RowGradient<acc_t> gradients[kSize];
+    for (int k = 0; k < kSize; ++k) {
+      const int64_t label = args.labels[first + k];
+      gradients[k] = args.row_gradient(first + k, label, args.labels.rule.kind(label));
     }
+    write_pixel_gradients<kSize>(gradients, args.logits + args.layout.row_offset(first),
+                                 args.layout, args.grad_logits + args.grad_layout.row_offset(first),
+                                 args.grad_layout, no_stage);
   }
 }
 

@@ -1,52 +1,45 @@
-// The sum of the row losses and the counts of both groups, in two steps and without atomics: the
-// same bits every time. The grid depends on the number of rows alone.
+// The kernels before and after the rows: the counts of both groups, which a mean's gradient is
+// divided by, and the loss from the sums of all blocks.
 #pragma once
 
 #include "device.cuh"
 
 namespace oe_ext::cuda {
 
-// Step 1: the sums of each block.
+// The counts of each block's labels.
 // Work split:  thread i of all takes rows i, i + threads, ...; a block merges its threads
-// Reads:       row_loss and labels [num_rows]
+// Reads:       labels [num_rows], 1 pass
 // Writes:      partials [gridDim.x]
 // Shared mem:  merge_block's     Sync: merge_block's; the loop before it has no barrier
-// Numerics:    double, for every dtype
+// Numerics:    int64
 // Assumes:     blockDim.x is a multiple of 32 (launch.cu)
-// Used when:   the reduction is not none
-template <typename acc_t>
-__global__ void outlier_exposure_reduce_rows_kernel(ReduceArgs<acc_t> args, GroupSums* partials) {
-  GroupSums sums;
-  const int64_t num_threads = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < args.num_rows;
-       row += num_threads) {
-    args.add_row(sums, row);
+// Used when:   the forward writes the gradient of a mean
+__global__ inline void outlier_exposure_count_rows_kernel(Labels labels, int64_t num_rows,
+                                                          GroupCounts* partials) {
+  GroupCounts counts;
+  for (int64_t row = grid_thread(); row < num_rows; row += grid_threads()) {
+    counts.add(labels.rule.kind(labels[row]));
   }
-  sums = merge_block(sums);
+  counts = merge_block(counts);
   if (threadIdx.x == 0) {
-    partials[blockIdx.x] = sums;
+    partials[blockIdx.x] = counts;
   }
 }
 
-// Step 2: the sums of all blocks, and the loss.
+// The loss and the counts of all rows.
 // Work split:  one block; thread i takes partials i, i + threads, ...
-// Reads:       partials [num_partials]
+// Reads:       partials.sums [num_sums]
 // Writes:      loss, counts
 // Shared mem:  merge_block's     Sync: merge_block's
 // Numerics:    double; the loss is cast once
 // Assumes:     gridDim.x is 1, blockDim.x a multiple of 32 (launch.cu)
-// Used when:   after step 1
+// Used when:   the reduction is not none; after the rows
 template <typename acc_t>
-__global__ void outlier_exposure_reduce_partials_kernel(ReduceArgs<acc_t> args,
-                                                        const GroupSums* partials,
-                                                        int num_partials) {
-  GroupSums sums;
-  for (int i = static_cast<int>(threadIdx.x); i < num_partials; i += static_cast<int>(blockDim.x)) {
-    sums.merge(partials[i]);
-  }
-  sums = merge_block(sums);
+__global__ void outlier_exposure_write_loss_kernel(LossOutput<acc_t> output, Reduction reduction,
+                                                   int64_t num_rows, Partials partials) {
+  const GroupSums sums = merge_partials(partials.sums, partials.num_sums);
   if (threadIdx.x == 0) {
-    args.write(sums);
+    output.write(sums, reduction, num_rows);
   }
 }
 

@@ -5,127 +5,226 @@
 
 namespace oe_ext::cuda {
 
-// Who walks a row together.
-enum class Team { kWarp, kBlock };
+// The threads that walk a row together: some lanes of a warp, a power of two of them, or the whole
+// block. A block walks blockDim.x / lanes rows at once.
+struct Team {
+  __device__ explicit Team(int lanes)
+      : lanes(lanes),
+        lane(static_cast<int>(threadIdx.x) % lanes),
+        index(static_cast<int>(threadIdx.x) / lanes),
+        teams(static_cast<int>(blockDim.x) / lanes) {}
 
-template <Team kTeam>
-struct TeamPosition {
-  int lane;            // of this thread in its team
-  int lanes;           // of the team
-  int64_t first_row;   // of the team
-  int64_t row_stride;  // from the team's row to its next one
+  // The first row of the block, and the step to its next one.
+  __device__ int64_t first_row() const { return static_cast<int64_t>(blockIdx.x) * teams; }
+  __device__ int64_t row_step() const { return static_cast<int64_t>(gridDim.x) * teams; }
 
-  __device__ TeamPosition() {
-    const int thread = static_cast<int>(threadIdx.x);
-    const int threads = static_cast<int>(blockDim.x);
-    lanes = kTeam == Team::kWarp ? kWarpSize : threads;
-    lane = thread % lanes;
-    const int teams = threads / lanes;
-    first_row = static_cast<int64_t>(blockIdx.x) * teams + thread / lanes;
-    row_stride = static_cast<int64_t>(gridDim.x) * teams;
+  template <typename T>
+  __device__ T merge(T value) const {
+    return lanes <= kWarpSize ? merge_lanes(value, lanes) : merge_block(value);
   }
+
+  int lanes;
+  int lane;   // of this thread in its team
+  int index;  // of the team in its block
+  int teams;
 };
 
-// The statistics of those logits of a row that fall to one lane. With kSize > 1 the classes are
-// contiguous and the row is aligned to kSize elements.
-template <int kSize, typename scalar_t, typename acc_t>
-__device__ RowStats<acc_t> lane_stats(const ForwardArgs<scalar_t, acc_t>& args, int64_t row,
-                                      int lane, int lanes) {
-  const RowLayout& layout = args.layout;
-  const scalar_t* x = args.logits + layout.row_offset(row);
-  const int64_t num_wide = kSize > 1 ? layout.num_classes / kSize * kSize : 0;
+// How a team walks a row of the logits or of their gradient: lane i takes the units i, i + lanes,
+// ..., of kSize classes each, then at most one of the classes that fill no unit. With kSize > 1 the
+// classes are contiguous, the row is aligned to kSize elements, and there are at least kSize lanes.
+template <int kSize>
+struct RowWalk {
+  __device__ RowWalk(int64_t num_classes, const Team& team)
+      : num_units(num_classes / kSize),
+        lane(team.lane),
+        lanes(team.lanes),
+        rest(num_units * kSize + team.lane),
+        has_rest(rest < num_classes) {}
+
+  // The unit that the lane takes in its step `step`.
+  __device__ int64_t unit(int64_t step) const { return lane + step * lanes; }
+
+  int64_t num_units;
+  int lane;
+  int lanes;
+  int64_t rest;  // the class that fills no unit, if has_rest
+  bool has_rest;
+};
+
+template <int kSize, typename scalar_t>
+__device__ Vector<scalar_t, kSize> load_unit(const scalar_t* row, const RowLayout& layout,
+                                             int64_t unit) {
+  return load_vector<kSize>(row + layout.class_offset(unit * kSize));
+}
+
+// Units whose loads are in flight at once in one thread.
+template <int kSize>
+constexpr int kUnitsAtOnce = static_cast<int>(kClassBlock) / kSize;
+
+// The statistics of those logits of a row that fall to one lane. `stage` keeps its units.
+template <int kSize, typename acc_t, typename scalar_t>
+__device__ RowStats<acc_t> lane_stats(const scalar_t* row, const RowLayout& layout,
+                                      const RowWalk<kSize>& walk,
+                                      const Stage<Vector<scalar_t, kSize>>& stage) {
+  constexpr int kAtOnce = kUnitsAtOnce<kSize>;
   RowStats<acc_t> stats;
-  int64_t cls = int64_t(lane) * kSize;
-  while (cls < num_wide) {
-    auto block = RowStats<acc_t>::below(stats.max);
-    for (int64_t i = 0; i < kClassBlock && cls < num_wide; i += kSize) {
-      const auto wide = load_vector<kSize>(x + cls);
-      acc_t values[kSize];
-      for (int k = 0; k < kSize; ++k) {
-        values[k] = static_cast<acc_t>(wide.values[k]);
+  for (int64_t step = 0; walk.unit(step) < walk.num_units; step += kAtOnce) {
+    Vector<scalar_t, kSize> units[kAtOnce];
+    acc_t max = stats.max;
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (walk.unit(step + i) < walk.num_units) {
+        units[i] = load_unit<kSize>(row, layout, walk.unit(step + i));
       }
-      block.push(values);
-      cls += int64_t(lanes) * kSize;
+    }
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (walk.unit(step + i) < walk.num_units) {
+        if (stage.keeps()) {
+          stage.put(step + i, units[i]);
+        }
+        for (int k = 0; k < kSize; ++k) {
+          const auto x = static_cast<acc_t>(units[i].values[k]);
+          max = x > max ? x : max;
+        }
+      }
+    }
+    auto block = RowStats<acc_t>::below(max);
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (walk.unit(step + i) < walk.num_units) {
+        for (int k = 0; k < kSize; ++k) {
+          block.add(static_cast<acc_t>(units[i].values[k]));
+        }
+      }
     }
     stats.merge(block);
   }
-  for (cls = num_wide + lane; cls < layout.num_classes;) {
-    auto block = RowStats<acc_t>::below(stats.max);
-    for (int64_t i = 0; i < kClassBlock && cls < layout.num_classes; ++i, cls += lanes) {
-      block.push(static_cast<acc_t>(x[layout.class_offset(cls)]));
-    }
-    stats.merge(block);
+  if (walk.has_rest) {
+    stats.push(static_cast<acc_t>(row[layout.class_offset(walk.rest)]));
   }
   return stats;
 }
 
-// The loss and the statistics of every row, each logit read once.
-// Work split:  one team (a warp, or a block) per row; lane i reads vectors i, i + lanes, ..., then
-//              the classes that fill no vector, one by one. Teams stride over the rows.
-// Reads:       logits [num_rows, num_classes], 1 pass, and the one at the label again;
-//              labels and alpha [num_rows]
-// Writes:      row_loss; row_cross_entropy, row_max, row_sum_exp where asked for; [num_rows]
-// Shared mem:  none for a warp; merge_block's for a block
-// Sync:        shuffles within a warp; merge_block's two barriers, which the whole block reaches,
-//              since all its threads hold the same row
-// Numerics:    acc_t; each lane keeps a running maximum and sums relative to it, which merge in a
-//              fixed order. -inf and NaN: see RowStats
-// Assumes:     blockDim.x is a multiple of 32 (launch.cu)
-// Used when:   the class stride is not above the row stride; a warp up to kMaxWarpClasses classes,
-//              kSize > 1 where every row is aligned
-template <typename scalar_t, typename acc_t, int kSize, Team kTeam>
-__global__ void outlier_exposure_forward_rows_kernel(ForwardArgs<scalar_t, acc_t> args) {
-  const TeamPosition<kTeam> team;
-  const int64_t num_rows = args.layout.num_rows();
-  for (int64_t row = team.first_row; row < num_rows; row += team.row_stride) {
-    const int64_t label = args.labels[row];
-    const RowKind kind = args.labels.rule.kind(label);
-    CUDA_KERNEL_ASSERT(kind != RowKind::kInvalid && "target must be a class or a mark");
-    RowStats<acc_t> stats;
-    if (args.is_active(row, kind)) {
-      stats = lane_stats<kSize>(args, row, team.lane, team.lanes);
-      stats = kTeam == Team::kWarp ? merge_warp(stats) : merge_block(stats);
+// Writes the gradients that fall to one lane: zeros, without a look at the logits, where the row
+// does not count. The logits come from `stage`, if it keeps them.
+template <int kSize, typename scalar_t, typename acc_t>
+__device__ void write_lane_gradients(const RowGradient<acc_t>& gradient, const scalar_t* row,
+                                     const RowLayout& layout, scalar_t* grad_row,
+                                     const RowLayout& grad_layout, const RowWalk<kSize>& walk,
+                                     const Stage<Vector<scalar_t, kSize>>& stage) {
+  constexpr int kAtOnce = kUnitsAtOnce<kSize>;
+  for (int64_t step = 0; walk.unit(step) < walk.num_units; step += kAtOnce) {
+    Vector<scalar_t, kSize> units[kAtOnce];
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (gradient.active && walk.unit(step + i) < walk.num_units) {
+        units[i] = stage.keeps() ? stage.get(step + i)
+                                 : load_unit<kSize>(row, layout, walk.unit(step + i));
+      }
     }
-    if (team.lane == 0) {
-      args.write_row(row, label, kind, stats);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t unit = walk.unit(step + i);
+      if (unit < walk.num_units) {
+        Vector<scalar_t, kSize> result;
+        for (int k = 0; k < kSize; ++k) {
+          const auto x = gradient.active ? static_cast<acc_t>(units[i].values[k]) : acc_t(0);
+          result.values[k] = static_cast<scalar_t>(gradient(x, unit * kSize + k));
+        }
+        store_vector(grad_row + grad_layout.class_offset(unit * kSize), result);
+      }
+    }
+  }
+  if (walk.has_rest) {
+    const auto x =
+        gradient.active ? static_cast<acc_t>(row[layout.class_offset(walk.rest)]) : acc_t(0);
+    grad_row[grad_layout.class_offset(walk.rest)] = static_cast<scalar_t>(gradient(x, walk.rest));
+  }
+}
+
+// The loss and the statistics of every row, and, where it is asked for, the gradient for an
+// upstream gradient of 1.
+// Work split:  one team of `lanes` threads per row; blocks stride over the rows
+// Reads:       logits [num_rows, num_classes], 1 pass, and the one at the label again, and those
+//              that fill no vector; a second pass where the gradient is asked for and a row does
+//              not fit the stage (the block has just read it: from L2); labels and alpha
+//              [num_rows]; partials.counts
+// Writes:      row_loss, row_cross_entropy, row_max, row_sum_exp where asked for, [num_rows];
+//              grad_logits where asked for, 1 pass, zeros where a row does not count;
+//              partials.sums [gridDim.x]
+// Shared mem:  merge_block's; dynamic: the stage, for the units of blockDim.x / lanes rows, or none
+// Sync:        shuffles within a warp and the barriers of merge_block, which all threads reach: the
+//              loop over rows depends on the block alone
+// Numerics:    acc_t; each lane keeps a running maximum and sums relative to it, which merge in a
+//              fixed order. -inf and NaN: see RowStats. The sums over rows are in double
+// Assumes:     blockDim.x is a multiple of 32 and of lanes; lanes is a power of two up to 32, or
+//              blockDim.x (launch.cu)
+// Used when:   the class stride is not above the row stride; kSize > 1 where every row of the
+//              logits and of the gradient is aligned
+template <typename scalar_t, typename acc_t, int kSize>
+__global__ void outlier_exposure_forward_rows_kernel(ForwardArgs<scalar_t, acc_t> args,
+                                                     Partials partials, int lanes, bool staged) {
+  OE_EXT_DYNAMIC_SHARED(slots);
+  const Stage<Vector<scalar_t, kSize>> stage(staged ? slots : nullptr);
+  GroupCounts counts;
+  if (args.needs_counts_first()) {
+    counts = merge_partials(partials.counts, partials.num_counts);
+  }
+  const Team team(lanes);
+  const RowWalk<kSize> walk(args.layout.num_classes, team);
+  const int64_t num_rows = args.layout.num_rows();
+  GroupSums sums;
+  for (int64_t first = team.first_row(); first < num_rows; first += team.row_step()) {
+    const int64_t row = first + team.index;
+    const bool exists = row < num_rows;
+    const int64_t label = exists ? args.labels[row] : 0;
+    const RowKind kind = exists ? args.labels.rule.kind(label) : RowKind::kIgnored;
+    CUDA_KERNEL_ASSERT(kind != RowKind::kInvalid && "target must be a class or a mark");
+    const scalar_t* x = args.logits + (exists ? args.layout.row_offset(row) : 0);
+    RowStats<acc_t> stats;
+    if (exists && args.is_active(row, kind)) {
+      stats = lane_stats<kSize, acc_t>(x, args.layout, walk, stage);
+    }
+    stats = team.merge(stats);
+    if (exists && team.lane == 0) {
+      sums.add(kind, static_cast<double>(args.write_row(row, label, kind, stats)));
+    }
+    if (exists && args.grad_logits != nullptr) {
+      write_lane_gradients<kSize>(args.row_gradient(row, label, kind, stats, counts), x,
+                                  args.layout, args.grad_logits + args.grad_layout.row_offset(row),
+                                  args.grad_layout, walk, stage);
+    }
+  }
+  if (partials.sums != nullptr) {
+    sums = merge_block(sums);
+    if (threadIdx.x == 0) {
+      partials.sums[blockIdx.x] = sums;
     }
   }
 }
 
-// The gradient of every row, each logit read once and each gradient written once.
+// The gradient of every row.
 // Work split:  as the forward kernel's
 // Reads:       logits [num_rows, num_classes], 1 pass; the statistics, labels, alpha and upstream
-//              gradient of each row
+//              gradient of each row. Where the forward wrote the gradient and the upstream gradient
+//              is 1: that one number
 // Writes:      grad_logits, 1 pass; zeros where a row does not count
 // Shared mem:  none     Sync: none
 // Numerics:    acc_t until the store: the upstream gradient multiplies before the cast
-// Assumes:     blockDim.x is a multiple of 32
-// Used when:   as the forward kernel; kSize > 1 where the rows of both tensors are aligned
-template <typename scalar_t, typename acc_t, int kSize, Team kTeam>
-__global__ void outlier_exposure_backward_rows_kernel(BackwardArgs<scalar_t, acc_t> args) {
-  const TeamPosition<kTeam> team;
+// Assumes:     as the forward kernel
+// Used when:   as the forward kernel
+template <typename scalar_t, typename acc_t, int kSize>
+__global__ void outlier_exposure_backward_rows_kernel(BackwardArgs<scalar_t, acc_t> args,
+                                                      int lanes) {
+  if (args.is_done()) {
+    return;
+  }
+  const Stage<Vector<scalar_t, kSize>> no_stage(nullptr);
+  const Team team(lanes);
+  const RowWalk<kSize> walk(args.layout.num_classes, team);
   const int64_t num_rows = args.layout.num_rows();
-  const int64_t num_classes = args.layout.num_classes;
-  const int64_t num_wide = kSize > 1 ? num_classes / kSize * kSize : 0;
-  for (int64_t row = team.first_row; row < num_rows; row += team.row_stride) {
+  for (int64_t row = team.first_row() + team.index; row < num_rows; row += team.row_step()) {
     const int64_t label = args.labels[row];
-    const RowGradient<acc_t> gradient = args.row_gradient(row, label, args.labels.rule.kind(label));
-    const scalar_t* x = args.logits + args.layout.row_offset(row);
-    scalar_t* grad = args.grad_logits + args.grad_layout.row_offset(row);
-    for (int64_t cls = int64_t(team.lane) * kSize; cls < num_wide;
-         cls += int64_t(team.lanes) * kSize) {
-      const auto wide = load_vector<kSize>(x + cls);
-      Vector<scalar_t, kSize> result;
-      for (int i = 0; i < kSize; ++i) {
-        result.values[i] =
-            static_cast<scalar_t>(gradient(static_cast<acc_t>(wide.values[i]), cls + i));
-      }
-      store_vector(grad + cls, result);
-    }
-    for (int64_t cls = num_wide + team.lane; cls < num_classes; cls += team.lanes) {
-      const auto logit = static_cast<acc_t>(x[args.layout.class_offset(cls)]);
-      grad[args.grad_layout.class_offset(cls)] = static_cast<scalar_t>(gradient(logit, cls));
-    }
+    write_lane_gradients<kSize>(args.row_gradient(row, label, args.labels.rule.kind(label)),
+                                args.logits + args.layout.row_offset(row), args.layout,
+                                args.grad_logits + args.grad_layout.row_offset(row),
+                                args.grad_layout, walk, no_stage);
   }
 }
 
