@@ -2,65 +2,128 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 HARNESS = ROOT / "tests" / "simt"
-# With -fsanitize=thread the compiler reports every access; the harness's own files must be compiled
-# without, and all are linked without.
-SOURCES = {
-    HARNESS / "kernels.cpp": ["-fsanitize=thread"],
-    HARNESS / "backend.cpp": [],
-    HARNESS / "scheduler.cpp": [],
-    HARNESS / "checker.cpp": [],
-    ROOT / "csrc" / "layout.cpp": [],
-}
-OPERATORS = [
-    "outlier_exposure_loss",
-    "outlier_exposure_loss.tensor_alpha",
-    "_outlier_exposure_loss_forward",
-    "_outlier_exposure_loss_backward",
-]
+FOLDER = ROOT / "build" / f"simt-torch-{torch.__version__}"
+# The runtime and the operators: linked once. The kernels are a library of their own, so that
+# deliberately wrong copies can be loaded too.
+RUNTIME = [HARNESS / "backend.cpp", HARNESS / "scheduler.cpp", HARNESS / "checker.cpp"]
+RUNTIME += [ROOT / "csrc" / "layout.cpp"]
+KERNELS = Path("tests") / "simt" / "kernels.cpp"
+MAX_BLOCKS = 4096
+MAX_STAGE_BYTES = 44 * 1024
+
+INCLUDE = Path(torch.__file__).parent / "include"
+FLAGS = ["-std=c++20", "-g0", "-fPIC", "-w", "-DSIMT_CPU", "-DAT_PER_OPERATOR_HEADERS"]
+FLAGS += [f"-I{INCLUDE}", f"-I{INCLUDE / 'torch' / 'csrc' / 'api' / 'include'}"]
+# The compiler reports every access of the kernels; all is linked without its own runtime, whose
+# part checker.cpp plays. Each copy of the kernels keeps its statics, the shared memory, to itself.
+KERNEL_FLAGS = ["-fsanitize=thread", "-fno-tree-sra", "-fvisibility=hidden", "-fno-gnu-unique"]
 
 
-@cache
-def load() -> None:
-    """Compiles the harness, where anything is newer than it was, and loads it."""
-    folder = ROOT / "build" / f"simt-torch-{torch.__version__}"
-    folder.mkdir(parents=True, exist_ok=True)
-    include = Path(torch.__file__).parent / "include"
-    flags = ["-std=c++20", "-O2", "-g0", "-fPIC", "-w", "-DSIMT_CPU", "-DAT_PER_OPERATOR_HEADERS"]
-    flags += [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
-    headers = [*HARNESS.glob("*.h"), *(ROOT / "csrc").rglob("*.*h"), *ROOT.glob("csrc/cuda/*.cu")]
-    newest_header = max(path.stat().st_mtime for path in headers)
+def _newest(paths: Iterator[Path] | list[Path]) -> float:
+    return max(path.stat().st_mtime for path in paths)
 
-    def is_fresh(made: Path, source: Path) -> bool:
-        newest = max(newest_header, source.stat().st_mtime)
-        return made.exists() and made.stat().st_mtime > newest
 
-    objects = {source: folder / f"{source.stem}.o" for source in SOURCES}
-    library = folder / "liboe_ext_simt.so"
+def _headers(root: Path) -> list[Path]:
+    harness = (root / "tests" / "simt").glob("*.h")
+    return [*harness, *(root / "csrc").rglob("*.*h"), *root.glob("csrc/cuda/*.cu")]
+
+
+def _is_fresh(made: Path, sources: list[Path]) -> bool:
+    return made.exists() and made.stat().st_mtime > _newest(sources)
+
+
+def compile_kernels(root: Path, made: Path, flags: list[str]) -> None:
+    """Makes a library of the kernels of a tree. -fsanitize=thread would link its runtime too."""
+    compiled = made.with_suffix(".o")
+    subprocess.run(["g++", *FLAGS, *flags, "-c", root / KERNELS, "-o", compiled], check=True)
+    runtime = [f"-L{FOLDER}", "-loe_ext_simt", f"-Wl,-rpath,{FOLDER}"]
+    subprocess.run(["g++", "-shared", compiled, "-o", made, *runtime], check=True)
+
+
+def build() -> Path:
+    """Compiles the harness, where anything is newer than it was. Returns the kernels' library."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    headers = _headers(ROOT)
+    objects = {source: FOLDER / f"{source.stem}.o" for source in RUNTIME}
     compilers = [
-        subprocess.Popen(["g++", *flags, *SOURCES[source], "-c", source, "-o", made])
+        subprocess.Popen(["g++", *FLAGS, "-O2", "-c", source, "-o", made])
         for source, made in objects.items()
-        if not is_fresh(made, source)
+        if not _is_fresh(made, [*headers, source])
     ]
     statuses = [compiler.wait() for compiler in compilers]
     if any(statuses):
         raise RuntimeError("the SIMT harness does not compile")
-    newest_object = max(made.stat().st_mtime for made in objects.values())
-    if not library.exists() or library.stat().st_mtime < newest_object:
-        torch_libraries = [f"-L{include.parent / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]
-        command = ["g++", "-shared", *objects.values(), "-o", library, *torch_libraries]
-        subprocess.run(command, check=True)
-    torch.ops.load_library(library)
+    runtime = FOLDER / "liboe_ext_simt.so"
+    if not _is_fresh(runtime, list(objects.values())):
+        torch_libraries = [f"-L{INCLUDE.parent / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]
+        subprocess.run(
+            [
+                "g++",
+                "-shared",
+                f"-Wl,-soname,{runtime.name}",
+                *objects.values(),
+                "-o",
+                runtime,
+                *torch_libraries,
+            ],
+            check=True,
+        )
+    kernels = FOLDER / "kernels.so"
+    if not _is_fresh(kernels, [*headers, ROOT / KERNELS, runtime]):
+        compile_kernels(ROOT, kernels, ["-O2", *KERNEL_FLAGS])
+    return kernels
+
+
+@cache
+def load() -> None:
+    kernels = build()
+    torch.ops.load_library(FOLDER / "liboe_ext_simt.so")
+    use_kernels(kernels)
+
+
+def use_kernels(path: Path) -> None:
+    """Runs another copy of the kernels from now on."""
+    torch.ops.oe_ext_simt.use_kernels(str(path))
+
+
+def set_seed(seed: int) -> None:
+    """Of the schedules of all launches to come."""
+    torch.ops.oe_ext_simt.set_seed(seed)
+
+
+@contextmanager
+def limits(
+    *, max_blocks: int = MAX_BLOCKS, max_stage_bytes: int = MAX_STAGE_BYTES
+) -> Iterator[None]:
+    """Makes the launchers ask for less."""
+    torch.ops.oe_ext_simt.set_limits(max_blocks, max_stage_bytes)
+    try:
+        yield
+    finally:
+        torch.ops.oe_ext_simt.set_limits(MAX_BLOCKS, MAX_STAGE_BYTES)
+
+
+@contextmanager
+def counting() -> Iterator[list[dict[str, Any]]]:
+    """Records every launch meanwhile: kernel, grid, and what it reads and writes of each buffer."""
+    launches: list[dict[str, Any]] = []
+    torch.ops.oe_ext_simt.start_counting()
+    try:
+        yield launches
+    finally:
+        launches += json.loads(torch.ops.oe_ext_simt.stop_counting())
 
 
 @contextmanager
@@ -71,17 +134,11 @@ def active() -> Iterator[None]:
     shows.
     """
     load()
-    library = torch.library.Library("oe_ext", "IMPL")
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
+    torch.ops.oe_ext_simt.activate()
     try:
-        # torch warns of an override; this one is what is wanted, and undone below.
-        warnings.filterwarnings("ignore", message="[\\s\\S]*other operators may also be overridden")
-        for name in OPERATORS:
-            base, _, overload = name.partition(".")
-            operator = getattr(getattr(torch.ops.oe_ext_simt, base), overload or "default")
-            library.impl(name, operator, "CPU", allow_override=True)
         yield
     finally:
-        library._destroy()
+        torch.ops.oe_ext_simt.deactivate()
         torch.use_deterministic_algorithms(deterministic)

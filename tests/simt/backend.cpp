@@ -1,17 +1,38 @@
-// The operators once more, in a namespace of their own: the CUDA launchers and kernels on CPU
-// tensors, each allowed to touch the buffers that it is given and nothing else.
-#include "../../csrc/cuda/launch.h"
+// Another CPU backend for the operators: the CUDA launchers and kernels on CPU tensors, each
+// allowed to touch the buffers that it is given and nothing else. And the controls of the harness,
+// for the tests.
+#include <dlfcn.h>
+
+#include <memory>
+#include <sstream>
+
 #include "../../csrc/operator.h"
-#include "../../csrc/schemas.h"
+#include "launchers.h"
+#include "simt.h"
 #include "watch.h"
 
 namespace oe_ext {
 namespace {
 
+const Launchers* launchers = nullptr;
+
+void use_kernels(std::string_view path) {
+  void* const library = dlopen(std::string(path).c_str(), RTLD_NOW | RTLD_LOCAL);
+  TORCH_CHECK(library != nullptr, dlerror());
+  const auto get = reinterpret_cast<const Launchers* (*)()>(dlsym(library, kGetLaunchers));
+  TORCH_CHECK(get != nullptr, dlerror());
+  launchers = get();
+}
+
+template <typename scalar_t>
 size_t extent(const RowLayout& layout) {
-  return (layout.num_outer - 1) * layout.outer_stride +
-         (layout.num_inner - 1) * layout.inner_stride +
-         (layout.num_classes - 1) * layout.class_stride + 1;
+  if (layout.num_rows() == 0) {
+    return 0;
+  }
+  const int64_t last = (layout.num_outer - 1) * layout.outer_stride +
+                       (layout.num_inner - 1) * layout.inner_stride +
+                       (layout.num_classes - 1) * layout.class_stride;
+  return (last + 1) * sizeof(scalar_t);
 }
 
 size_t bytes_of(const Labels& labels, int64_t num_rows) {
@@ -29,7 +50,7 @@ size_t bytes_of(const Labels& labels, int64_t num_rows) {
 
 template <typename T>
 size_t bytes_of(const PerRow<T>& values, int64_t num_rows) {
-  return ((num_rows - 1) * values.stride + 1) * sizeof(T);
+  return num_rows == 0 ? 0 : ((num_rows - 1) * values.stride + 1) * sizeof(T);
 }
 
 struct SimtBackend {
@@ -37,14 +58,19 @@ struct SimtBackend {
   static int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
     const int64_t num_rows = args.layout.num_rows();
     const size_t row_bytes = num_rows * sizeof(acc_t);
-    const simt::Watch logits(args.logits, extent(args.layout) * sizeof(scalar_t));
-    const simt::Watch labels(args.labels.data, bytes_of(args.labels, num_rows));
-    const simt::Watch alpha(args.alpha.values.data, bytes_of(args.alpha.values, num_rows));
-    const simt::Watch loss(args.row_loss, row_bytes);
-    const simt::Watch cross_entropy(args.row_cross_entropy, row_bytes);
-    const simt::Watch max(args.row_max, row_bytes);
-    const simt::Watch sum_exp(args.row_sum_exp, row_bytes);
-    cuda::forward(args, nullptr);
+    std::vector<uint64_t> scratch(cuda::kScratchBytes / sizeof(uint64_t), ~uint64_t(0));  // NaN
+    const simt::Watch logits("logits", args.logits, extent<scalar_t>(args.layout));
+    const simt::Watch gradient("grad_logits", args.grad_logits, extent<scalar_t>(args.grad_layout));
+    const simt::Watch labels("target", args.labels.data, bytes_of(args.labels, num_rows));
+    const simt::Watch alpha("alpha", args.alpha.values.data, bytes_of(args.alpha.values, num_rows));
+    const simt::Watch row_loss("row_loss", args.row_loss, row_bytes);
+    const simt::Watch cross_entropy("row_cross_entropy", args.row_cross_entropy, row_bytes);
+    const simt::Watch max("row_max", args.row_max, row_bytes);
+    const simt::Watch sum_exp("row_sum_exp", args.row_sum_exp, row_bytes);
+    const simt::Watch loss("loss", args.output.loss, sizeof(acc_t));
+    const simt::Watch counts("counts", args.output.counts, 2 * sizeof(int64_t));
+    const simt::Watch partials("scratch", scratch.data(), cuda::kScratchBytes);
+    std::get<LauncherPair<scalar_t, acc_t>>(*launchers).forward(args, scratch.data(), nullptr);
     return -1;
   }
 
@@ -52,34 +78,78 @@ struct SimtBackend {
   static int64_t backward(const BackwardArgs<scalar_t, acc_t>& args) {
     const int64_t num_rows = args.layout.num_rows();
     const size_t row_bytes = num_rows * sizeof(acc_t);
-    const simt::Watch logits(args.logits, extent(args.layout) * sizeof(scalar_t));
-    const simt::Watch gradient(args.grad_logits, extent(args.grad_layout) * sizeof(scalar_t));
-    const simt::Watch labels(args.labels.data, bytes_of(args.labels, num_rows));
-    const simt::Watch alpha(args.alpha.values.data, bytes_of(args.alpha.values, num_rows));
-    const simt::Watch upstream(args.grad.data, bytes_of(args.grad, num_rows));
-    const simt::Watch max(args.row_max, row_bytes);
-    const simt::Watch sum_exp(args.row_sum_exp, row_bytes);
-    const simt::Watch counts(args.counts, 2 * sizeof(int64_t));
-    cuda::backward(args, nullptr);
+    const simt::Watch logits("logits", args.logits, extent<scalar_t>(args.layout));
+    const simt::Watch gradient("grad_logits", args.grad_logits, extent<scalar_t>(args.grad_layout));
+    const simt::Watch labels("target", args.labels.data, bytes_of(args.labels, num_rows));
+    const simt::Watch alpha("alpha", args.alpha.values.data, bytes_of(args.alpha.values, num_rows));
+    const simt::Watch upstream("grad", args.grad.data, bytes_of(args.grad, num_rows));
+    const simt::Watch max("row_max", args.row_max, row_bytes);
+    const simt::Watch sum_exp("row_sum_exp", args.row_sum_exp, row_bytes);
+    const simt::Watch counts("counts", args.counts, 2 * sizeof(int64_t));
+    std::get<LauncherPair<scalar_t, acc_t>>(*launchers).backward(args, nullptr);
     return -1;
-  }
-
-  template <typename acc_t>
-  static void reduce(const ReduceArgs<acc_t>& args) {
-    std::vector<GroupSums> partials(cuda::num_partials(args.num_rows));
-    const simt::Watch sums(partials.data(), partials.size() * sizeof(GroupSums));
-    const simt::Watch rows(args.row_loss, args.num_rows * sizeof(acc_t));
-    const simt::Watch labels(args.labels.data, bytes_of(args.labels, args.num_rows));
-    const simt::Watch loss(args.loss, sizeof(acc_t));
-    const simt::Watch counts(args.counts, 2 * sizeof(int64_t));
-    cuda::reduce(args, partials.data(), nullptr);
   }
 };
 
+// As JSON.
+std::string traffic_to_json(const std::map<std::string, simt::Traffic>& traffic) {
+  std::ostringstream out;
+  out << "{";
+  const char* separator = "";
+  for (const auto& [buffer, moved] : traffic) {
+    out << separator << '"' << buffer << "\": {\"bytes\": " << moved.bytes
+        << ", \"requests\": " << moved.requests << ", \"sectors\": " << moved.sectors
+        << ", \"least_sectors\": " << moved.least_sectors
+        << ", \"wide_bytes\": " << moved.wide_bytes << "}";
+    separator = ", ";
+  }
+  out << "}";
+  return out.str();
+}
+
+std::string stop_counting() {
+  std::ostringstream out;
+  out << "[";
+  const char* separator = "";
+  for (const simt::LaunchRecord& record : simt::stop_counting()) {
+    out << separator << "{\"kernel\": \"" << record.kernel << "\", \"blocks\": " << record.blocks
+        << ", \"threads\": " << record.threads << ", \"shared_bytes\": " << record.shared_bytes
+        << ", \"reads\": " << traffic_to_json(record.reads)
+        << ", \"writes\": " << traffic_to_json(record.writes) << "}";
+    separator = ", ";
+  }
+  out << "]";
+  return out.str();
+}
+
+void set_limits(int64_t max_blocks, int64_t max_stage_bytes) {
+  TORCH_CHECK_VALUE(max_blocks >= 1 && max_blocks <= cuda::kMaxBlocks, "max_blocks: ", max_blocks);
+  simt::max_blocks = max_blocks;
+  simt::max_stage_bytes = max_stage_bytes;
+}
+
+// The kernels of this backend, in the place of the CPU's, while it is set.
+std::unique_ptr<torch::Library> active;
+
+void activate() {
+  active = std::make_unique<torch::Library>(torch::Library::IMPL, "oe_ext", c10::DispatchKey::CPU,
+                                            __FILE__, __LINE__);
+  Operator<SimtBackend>::register_for(*active);
+}
+
+void deactivate() { active.reset(); }
+
 }  // namespace
 
-TORCH_LIBRARY(oe_ext_simt, m) { define_operators(m); }
-
-TORCH_LIBRARY_IMPL(oe_ext_simt, CPU, m) { Operator<SimtBackend>::register_for(m); }
+TORCH_LIBRARY(oe_ext_simt, m) {
+  m.def("activate() -> ()", TORCH_FN(activate));
+  m.def("deactivate() -> ()", TORCH_FN(deactivate));
+  m.def("use_kernels(str path) -> ()", TORCH_FN(use_kernels));
+  m.def("set_seed(int seed) -> ()",
+        [](int64_t seed) { simt::set_seed(static_cast<unsigned>(seed)); });
+  m.def("set_limits(int max_blocks, int max_stage_bytes) -> ()", TORCH_FN(set_limits));
+  m.def("start_counting() -> ()", TORCH_FN(simt::start_counting));
+  m.def("stop_counting() -> str", TORCH_FN(stop_counting));
+}
 
 }  // namespace oe_ext

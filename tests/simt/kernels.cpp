@@ -6,3 +6,9 @@
 #include "simt.h"
 // the launchers, and the kernels with them
 #include "../../csrc/cuda/launch.cu"
+#include "launchers.h"
+
+extern "C" __attribute__((visibility("default"))) const oe_ext::Launchers* oe_ext_get_launchers() {
+  static const oe_ext::Launchers launchers;
+  return &launchers;
+}

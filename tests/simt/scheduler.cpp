@@ -14,20 +14,41 @@ uint3 block_index;
 dim3 grid_size;
 dim3 block_size;
 
+int64_t max_blocks = 4096;
+int64_t max_stage_bytes = 44 * 1024;
+
 Fiber* current = nullptr;
 unsigned current_block = 0;
+size_t shared_bytes = 0;
 
 namespace {
 
 std::vector<Fiber> fibers;
 std::unique_ptr<unsigned char[]> stacks;
 size_t stacks_size = 0;
-ucontext_t scheduler_context;
+jmp_buf scheduler_place;
 void (*thread_body)(const void*) = nullptr;
 const void* thread_context = nullptr;
 std::string failure;
+unsigned seed = 1;
+alignas(16) unsigned char shared_memory[kMaxSharedBytes];
 
-void return_to_scheduler() { swapcontext(&current->context, &scheduler_context); }
+// Between fibers that have started, _setjmp and _longjmp: swapcontext would make a system call each
+// time, to save a signal mask that nobody changes.
+void return_to_scheduler() {
+  if (_setjmp(current->place) == 0) _longjmp(scheduler_place, 1);
+}
+
+void run_fiber(Fiber& fiber) {
+  current = &fiber;
+  thread_index = fiber.index;
+  if (_setjmp(scheduler_place) == 0) {
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+  }
+  current = nullptr;
+}
 
 void fiber_main() {
   thread_body(thread_context);
@@ -40,7 +61,8 @@ void start_fibers() {
   for (unsigned i = 0; i < count; ++i) {
     Fiber& fiber = fibers[i];
     fiber.state = State::kReady;
-    fiber.epoch = fiber.warp_epoch = 0;
+    fiber.started = false;
+    fiber.epoch = fiber.warp_epoch = fiber.meetings = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = stacks.get() + i * kStackSize;
     fiber.context.uc_stack.ss_size = kStackSize;
@@ -74,6 +96,7 @@ bool release_warp(unsigned first, unsigned last) {
     for (unsigned lane = 0; lane < 32; ++lane) {
       if ((mask >> lane & 1) != 0) {
         fibers[first + lane].warp_epoch += fence;
+        ++fibers[first + lane].meetings;
         fibers[first + lane].state = State::kReady;
       }
     }
@@ -99,10 +122,7 @@ bool step(const std::vector<unsigned>& warps, std::mt19937& random) {
     }
     std::shuffle(ready.begin(), ready.end(), random);
     for (const unsigned i : ready) {
-      current = &fibers[i];
-      thread_index = fibers[i].index;
-      swapcontext(&scheduler_context, &fibers[i].context);
-      current = nullptr;
+      run_fiber(fibers[i]);
       if (!failure.empty()) throw Error(failure);
     }
     return true;
@@ -133,6 +153,7 @@ bool pass_barrier() {
   for (Fiber& fiber : fibers) {
     fiber.state = State::kReady;
     ++fiber.epoch;
+    ++fiber.meetings;
   }
   return true;
 }
@@ -192,14 +213,17 @@ bool get_slot(unsigned lane, void* value, size_t size) {
   return true;
 }
 
-unsigned next_seed() {
-  static unsigned seed = 0;
-  return ++seed;
-}
+unsigned char* dynamic_shared() { return shared_memory; }
 
-void run(dim3 grid, dim3 block, unsigned seed, void (*thread)(const void*), const void* context) {
+void set_seed(unsigned new_seed) { seed = new_seed; }
+
+void run(const Launch& launch, void (*thread)(const void*), const void* context) {
+  const dim3 grid = launch.grid;
+  const dim3 block = launch.block;
   const unsigned num_threads = block.x * block.y * block.z;
   if (num_threads == 0 || num_threads > 1024) throw Error("launch: a block has 1 to 1024 threads");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) throw Error("launch: an empty grid");
+  if (launch.shared_bytes > kMaxSharedBytes) throw Error("launch: too much shared memory");
   if (stacks_size < num_threads * kStackSize) {
     stacks_size = num_threads * kStackSize;
     stacks.reset(new unsigned char[stacks_size]);
@@ -213,10 +237,11 @@ void run(dim3 grid, dim3 block, unsigned seed, void (*thread)(const void*), cons
   thread_context = context;
   grid_size = grid;
   block_size = block;
+  shared_bytes = launch.shared_bytes;
   failure.clear();
-  forget_accesses();
+  start_launch(launch);
 
-  std::mt19937 random(seed);
+  std::mt19937 random(seed++);
   std::vector<unsigned> blocks(grid.x * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), 0u);
   std::shuffle(blocks.begin(), blocks.end(), random);
@@ -227,9 +252,12 @@ void run(dim3 grid, dim3 block, unsigned seed, void (*thread)(const void*), cons
       run_block(random);
     } catch (...) {
       current = nullptr;
+      end_launch();
       throw;
     }
+    end_block();
   }
+  end_launch();
 }
 
 }  // namespace simt

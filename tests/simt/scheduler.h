@@ -1,6 +1,7 @@
 // What the scheduler and the checker know of each other.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -26,7 +27,10 @@ struct Fiber {
   unsigned char slot[8]{};  // what it offers to a shuffle
   unsigned epoch = 0;       // block barriers passed
   unsigned warp_epoch = 0;  // warp barriers passed
-  ucontext_t context{};
+  unsigned meetings = 0;    // block barriers and warp operations passed
+  bool started = false;
+  ucontext_t context{};  // to start with
+  jmp_buf place{};       // to go on from
 };
 
 extern Fiber* current;          // null outside a kernel
@@ -35,6 +39,13 @@ extern unsigned current_block;  // its number, from 1
 // Whose stack an address lies on, or -1.
 int stack_owner(uintptr_t address);
 
-void forget_accesses();
+// The dynamic shared memory of the running kernel.
+constexpr size_t kMaxSharedBytes = 48 * 1024;
+extern size_t shared_bytes;
+
+// The checker is told when a kernel starts, when a block ends, and when the kernel does.
+void start_launch(const Launch& launch);
+void end_block();
+void end_launch();
 
 }  // namespace simt

@@ -19,6 +19,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __shared__ static  // one block runs at a time
+#define OE_EXT_DYNAMIC_SHARED(name) unsigned char* const name = ::simt::dynamic_shared()
 
 struct uint3 {
   unsigned x, y, z;
@@ -40,10 +41,21 @@ extern uint3 block_index;
 extern dim3 grid_size;
 extern dim3 block_size;
 
+// What the launchers may ask for; the tests make it smaller.
+extern int64_t max_blocks;
+extern int64_t max_stage_bytes;
+
 [[noreturn]] void fail(const std::string& message);
 
-void run(dim3 grid, dim3 block, unsigned seed, void (*thread)(const void*), const void* context);
-unsigned next_seed();
+struct Launch {
+  const char* name;
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes;
+};
+
+void run(const Launch& launch, void (*thread)(const void*), const void* context);
+unsigned char* dynamic_shared();
 void barrier(int line);
 // Waits for all lanes of the mask. A fence also orders their memory accesses.
 void meet_warp(unsigned mask, const char* operation, bool fence);
@@ -52,13 +64,14 @@ void put_slot(const void* value, size_t size);
 bool get_slot(unsigned lane, void* value, size_t size);  // false: no such lane
 
 template <typename... Params, typename... Args>
-void launch(dim3 grid, dim3 block, unsigned seed, void (*kernel)(Params...), const Args&... args) {
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Params...),
+            const Args&... args) {
   // What copies the arguments belongs to the launch, not to the kernel: it is not checked.
   const auto body = [&]() __attribute__((no_sanitize_thread)) { kernel(args...); };
   const auto call = [](const void* context) __attribute__((no_sanitize_thread)) {
     (*static_cast<const decltype(body)*>(context))();
   };
-  run(grid, block, seed, call, &body);
+  run({name, grid, block, shared_bytes}, call, &body);
 }
 
 // The value of lane `source`; of this lane itself where there is none.
@@ -90,6 +103,11 @@ T exchange(unsigned mask, T value, int source, const char* operation) {
   ((condition) ? void() : ::simt::fail("device-side assert: " #condition))
 
 inline void __syncwarp(unsigned mask = ~0u) { simt::meet_warp(mask, "__syncwarp", /*fence=*/true); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  return simt::exchange(mask, value, static_cast<int>(simt::lane()) ^ lane_mask, "__shfl_xor_sync");
+}
 
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {

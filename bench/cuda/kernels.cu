@@ -1,0 +1,38 @@
+// Every kernel in every dtype, and no launcher: what ptxas and the disassembler look at. Needs
+// c10's headers from any build of torch, and no CUDA build of it.
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "../../csrc/cuda/pixels.cuh"
+#include "../../csrc/cuda/reduce.cuh"
+#include "../../csrc/cuda/rows.cuh"
+
+namespace oe_ext::cuda {
+
+#define OE_EXT_INSTANTIATE(scalar_t, acc_t, kSize)                                          \
+  template __global__ void outlier_exposure_forward_rows_kernel<scalar_t, acc_t, kSize>(    \
+      ForwardArgs<scalar_t, acc_t>, Partials, int, bool);                                   \
+  template __global__ void outlier_exposure_backward_rows_kernel<scalar_t, acc_t, kSize>(   \
+      BackwardArgs<scalar_t, acc_t>, int);                                                  \
+  template __global__ void outlier_exposure_forward_pixels_kernel<scalar_t, acc_t, kSize>(  \
+      ForwardArgs<scalar_t, acc_t>, Partials, bool);                                        \
+  template __global__ void outlier_exposure_backward_pixels_kernel<scalar_t, acc_t, kSize>( \
+      BackwardArgs<scalar_t, acc_t>)
+#define OE_EXT_INSTANTIATE_DTYPE(scalar_t, acc_t) \
+  OE_EXT_INSTANTIATE(scalar_t, acc_t, 1);         \
+  OE_EXT_INSTANTIATE(scalar_t, acc_t, kVectorSize<scalar_t>)
+OE_EXT_INSTANTIATE_DTYPE(double, double);
+OE_EXT_INSTANTIATE_DTYPE(float, float);
+OE_EXT_INSTANTIATE_DTYPE(c10::Half, float);
+OE_EXT_INSTANTIATE_DTYPE(c10::BFloat16, float);
+
+template __global__ void outlier_exposure_write_loss_kernel<double>(LossOutput<double>, Reduction,
+                                                                    int64_t, Partials);
+template __global__ void outlier_exposure_write_loss_kernel<float>(LossOutput<float>, Reduction,
+                                                                   int64_t, Partials);
+
+// Not a template: taking its address keeps it.
+const void* const count_rows_kernel =
+    reinterpret_cast<const void*>(outlier_exposure_count_rows_kernel);
+
+}  // namespace oe_ext::cuda
