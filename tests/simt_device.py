@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ FOLDER = ROOT / "build" / f"simt-torch-{torch.__version__}"
 # The runtime and the operators: linked once. The kernels are a library of their own, so that
 # deliberately wrong copies can be loaded too.
 RUNTIME = [HARNESS / "backend.cpp", HARNESS / "scheduler.cpp", HARNESS / "checker.cpp"]
-RUNTIME += [ROOT / "csrc" / "layout.cpp"]
+RUNTIME += [HARNESS / "guard.cpp", ROOT / "csrc" / "layout.cpp"]
 KERNELS = Path("tests") / "simt" / "kernels.cpp"
 MAX_BLOCKS = 4096
 MAX_STAGE_BYTES = 44 * 1024
@@ -49,7 +49,8 @@ def compile_kernels(root: Path, made: Path, flags: list[str]) -> None:
     compiled = made.with_suffix(".o")
     subprocess.run(["g++", *FLAGS, *flags, "-c", root / KERNELS, "-o", compiled], check=True)
     runtime = [f"-L{FOLDER}", "-loe_ext_simt", f"-Wl,-rpath,{FOLDER}"]
-    subprocess.run(["g++", "-shared", compiled, "-o", made, *runtime], check=True)
+    coverage = [flag for flag in flags if flag == "--coverage"]
+    subprocess.run(["g++", "-shared", *coverage, compiled, "-o", made, *runtime], check=True)
 
 
 def build() -> Path:
@@ -116,14 +117,42 @@ def limits(
 
 
 @contextmanager
-def counting() -> Iterator[list[dict[str, Any]]]:
+def counting(enabled: bool = True) -> Iterator[list[dict[str, Any]]]:
     """Records every launch meanwhile: kernel, grid, and what it reads and writes of each buffer."""
     launches: list[dict[str, Any]] = []
+    if not enabled:
+        yield launches
+        return
     torch.ops.oe_ext_simt.start_counting()
     try:
         yield launches
     finally:
         launches += json.loads(torch.ops.oe_ext_simt.stop_counting())
+
+
+@contextmanager
+def guarded() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Memory that is allocated meanwhile faults when the host touches it, as a GPU's would.
+
+    Yields what copies a tensor there.
+    """
+    ops = torch.ops.oe_ext_simt
+
+    def to_device(tensor: torch.Tensor) -> torch.Tensor:
+        ops.start_guarding()
+        copy = torch.empty_like(tensor)
+        ops.open_device_memory()
+        copy.copy_(tensor)
+        ops.close_device_memory()
+        return copy
+
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # that would be the host's doing
+    try:
+        yield to_device
+    finally:
+        ops.stop_guarding()
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @contextmanager

@@ -225,6 +225,7 @@ void backward(const BackwardArgs<scalar_t, acc_t>& args, Stream stream) {
   }
 }
 
+#ifndef SIMT_CPU  // where what is used is compiled by its use
 #define OE_EXT_INSTANTIATE(scalar_t, acc_t)                                               \
   template void forward(const ForwardArgs<scalar_t, acc_t>& args, void* scratch, Stream); \
   template void backward(const BackwardArgs<scalar_t, acc_t>& args, Stream)
@@ -233,5 +234,6 @@ OE_EXT_INSTANTIATE(float, float);
 OE_EXT_INSTANTIATE(c10::Half, float);
 OE_EXT_INSTANTIATE(c10::BFloat16, float);
 #undef OE_EXT_INSTANTIATE
+#endif
 
 }  // namespace oe_ext::cuda

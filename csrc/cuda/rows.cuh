@@ -97,8 +97,10 @@ __device__ RowStats<acc_t> lane_stats(const scalar_t* row, const RowLayout& layo
     }
     stats.merge(block);
   }
-  if (walk.has_rest) {
-    stats.push(static_cast<acc_t>(row[layout.class_offset(walk.rest)]));
+  if constexpr (kSize > 1) {
+    if (walk.has_rest) {
+      stats.push(static_cast<acc_t>(row[layout.class_offset(walk.rest)]));
+    }
   }
   return stats;
 }
@@ -131,10 +133,12 @@ __device__ void write_lane_gradients(const RowGradient<acc_t>& gradient, const s
       }
     }
   }
-  if (walk.has_rest) {
-    const auto x =
-        gradient.active ? static_cast<acc_t>(row[layout.class_offset(walk.rest)]) : acc_t(0);
-    grad_row[grad_layout.class_offset(walk.rest)] = static_cast<scalar_t>(gradient(x, walk.rest));
+  if constexpr (kSize > 1) {
+    if (walk.has_rest) {
+      const auto x =
+          gradient.active ? static_cast<acc_t>(row[layout.class_offset(walk.rest)]) : acc_t(0);
+      grad_row[grad_layout.class_offset(walk.rest)] = static_cast<scalar_t>(gradient(x, walk.rest));
+    }
   }
 }
 

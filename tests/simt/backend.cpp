@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "../../csrc/operator.h"
+#include "guard.h"
 #include "launchers.h"
 #include "simt.h"
 #include "watch.h"
@@ -71,6 +72,7 @@ struct SimtBackend {
     const simt::Watch counts("counts", args.output.counts, 2 * sizeof(int64_t));
     const simt::Watch partials("scratch", scratch.data(), cuda::kScratchBytes);
     std::get<LauncherPair<scalar_t, acc_t>>(*launchers).forward(args, scratch.data(), nullptr);
+    simt::end_launcher();
     return -1;
   }
 
@@ -87,6 +89,7 @@ struct SimtBackend {
     const simt::Watch sum_exp("row_sum_exp", args.row_sum_exp, row_bytes);
     const simt::Watch counts("counts", args.counts, 2 * sizeof(int64_t));
     std::get<LauncherPair<scalar_t, acc_t>>(*launchers).backward(args, nullptr);
+    simt::end_launcher();
     return -1;
   }
 };
@@ -148,6 +151,10 @@ TORCH_LIBRARY(oe_ext_simt, m) {
   m.def("set_seed(int seed) -> ()",
         [](int64_t seed) { simt::set_seed(static_cast<unsigned>(seed)); });
   m.def("set_limits(int max_blocks, int max_stage_bytes) -> ()", TORCH_FN(set_limits));
+  m.def("start_guarding() -> ()", TORCH_FN(simt::start_guarding));
+  m.def("stop_guarding() -> ()", TORCH_FN(simt::stop_guarding));
+  m.def("open_device_memory() -> ()", TORCH_FN(simt::open_device_memory));
+  m.def("close_device_memory() -> ()", TORCH_FN(simt::close_device_memory));
   m.def("start_counting() -> ()", TORCH_FN(simt::start_counting));
   m.def("stop_counting() -> str", TORCH_FN(stop_counting));
 }

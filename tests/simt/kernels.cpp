@@ -8,7 +8,25 @@
 #include "../../csrc/cuda/launch.cu"
 #include "launchers.h"
 
-extern "C" __attribute__((visibility("default"))) const oe_ext::Launchers* oe_ext_get_launchers() {
-  static const oe_ext::Launchers launchers;
-  return &launchers;
+namespace {
+
+using namespace oe_ext;
+
+constexpr Launchers kLaunchers = {
+#ifdef OE_EXT_SIMT_TWO_DTYPES  // half of the time to compile, for the wrong copies
+    {},
+    LauncherPair<float, float>::compiled(),
+    {},
+#else
+    LauncherPair<double, double>::compiled(),
+    LauncherPair<float, float>::compiled(),
+    LauncherPair<c10::Half, float>::compiled(),
+#endif
+    LauncherPair<c10::BFloat16, float>::compiled(),
+};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const Launchers* oe_ext_get_launchers() {
+  return &kLaunchers;
 }

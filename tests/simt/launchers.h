@@ -10,10 +10,12 @@ namespace oe_ext {
 
 template <typename scalar_t, typename acc_t>
 struct LauncherPair {
-  void (*forward)(const ForwardArgs<scalar_t, acc_t>&, void* scratch,
-                  cuda::Stream) = cuda::forward<scalar_t, acc_t>;
-  void (*backward)(const BackwardArgs<scalar_t, acc_t>&,
-                   cuda::Stream) = cuda::backward<scalar_t, acc_t>;
+  void (*forward)(const ForwardArgs<scalar_t, acc_t>&, void* scratch, cuda::Stream) = nullptr;
+  void (*backward)(const BackwardArgs<scalar_t, acc_t>&, cuda::Stream) = nullptr;
+
+  static constexpr LauncherPair compiled() {
+    return {cuda::forward<scalar_t, acc_t>, cuda::backward<scalar_t, acc_t>};
+  }
 };
 
 using Launchers = std::tuple<LauncherPair<double, double>, LauncherPair<float, float>,

@@ -7,6 +7,8 @@
 #include <numeric>
 #include <random>
 
+#include "guard.h"
+
 namespace simt {
 
 uint3 thread_index;
@@ -170,6 +172,19 @@ void run_block(std::mt19937& random) {
   } while (pass_barrier());
 }
 
+void run_blocks(dim3 grid) {
+  std::mt19937 random(seed++);
+  std::vector<unsigned> blocks(grid.x * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  std::shuffle(blocks.begin(), blocks.end(), random);
+  for (const unsigned i : blocks) {
+    block_index = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
+    current_block = i + 1;
+    run_block(random);
+    end_block();
+  }
+}
+
 }  // namespace
 
 int stack_owner(uintptr_t address) {
@@ -241,23 +256,17 @@ void run(const Launch& launch, void (*thread)(const void*), const void* context)
   failure.clear();
   start_launch(launch);
 
-  std::mt19937 random(seed++);
-  std::vector<unsigned> blocks(grid.x * grid.y * grid.z);
-  std::iota(blocks.begin(), blocks.end(), 0u);
-  std::shuffle(blocks.begin(), blocks.end(), random);
-  for (const unsigned i : blocks) {
-    block_index = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
-    current_block = i + 1;
-    try {
-      run_block(random);
-    } catch (...) {
-      current = nullptr;
-      end_launch();
-      throw;
-    }
-    end_block();
+  open_device_memory();
+  try {
+    run_blocks(grid);
+  } catch (...) {
+    current = nullptr;
+    end_launch();
+    close_device_memory();
+    throw;
   }
   end_launch();
+  close_device_memory();
 }
 
 }  // namespace simt

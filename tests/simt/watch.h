@@ -20,6 +20,9 @@ class Watch {
 
 void set_seed(unsigned seed);
 
+// Throws if the launcher that has just ended touched watched memory itself.
+void end_launcher();
+
 // The traffic between the kernels and one buffer. A request is what the lanes of a warp load or
 // store with one instruction; a sector is 32 bytes, the least that a GPU moves.
 struct Traffic {

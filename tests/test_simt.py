@@ -1,0 +1,181 @@
+"""The CUDA kernels and launchers, executed and race-checked on the CPU.
+
+Small cases take every way through them; simt_cases.py says what each must satisfy: no finding of
+the harness, values and gradients within the budget, DESIGN's passes and launches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import simt_cases
+import simt_device
+import torch
+from inputs import make_logits, make_target
+from oracles import exact, loss_and_grad
+from simt_cases import CASES
+
+from oe_ext import outlier_exposure_loss
+
+SEEDS = range(1, 22)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
+def test_no_findings_and_the_same_bits_under_every_schedule(number):
+    first = simt_cases.run(number, SEEDS[0])
+    for seed in SEEDS[1:]:
+        again = simt_cases.execute(CASES[number], seed)
+        for actual, expected in zip(
+            (again.loss, *again.grads), (first.loss, *first.grads), strict=True
+        ):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "group_mean", "sum"])
+@pytest.mark.parametrize("shape", [(64, 40), (2, 19, 8, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_gradients_are_rounded_correctly(dtype, shape, reduction):
+    """In at least 99.9 % of the elements, whatever the upstream gradient."""
+    equal = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        logits, target = make_logits(shape, dtype), make_target(shape)
+        weight = torch.tensor([1.0, 0.37, 65536.0][seed % 3])
+        with simt_device.active():
+            _, grad = loss_and_grad(
+                outlier_exposure_loss, logits, target, reduction=reduction, weight=weight
+            )
+        _, expected = exact(logits, target, reduction=reduction, weight=weight)
+        equal.append((grad == expected.to(dtype)).flatten())
+    assert torch.cat(equal).double().mean() >= 0.999
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((2, 16), (simt_cases.FAR, 1)),
+        ((2, 16, 8), (simt_cases.FAR, 8, 1)),
+        ((8, 2), (1, simt_cases.FAR)),
+    ],
+    ids=["rows", "images", "classes"],
+)
+def test_gradients_beyond_32_bit_offsets(shape, strides):
+    """Logits at such offsets are among the cases; here the gradient is written there."""
+    logits, target = make_logits(shape, torch.bfloat16), make_target(shape, "inliers")
+    forward = torch.ops.oe_ext._outlier_exposure_loss_forward
+    from_unit = torch.ops.oe_ext._outlier_exposure_loss_backward_from_unit
+    options = (0.5, None, "mean", None, None)
+    loss, _, *statistics, _ = forward(logits, target, *options, False)
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    far = torch.empty(last + 1, dtype=torch.bfloat16).as_strided(shape, strides)
+    with simt_device.active():
+        from_unit(far, torch.full_like(loss, 2.0), logits, target, *statistics, *options)
+    _, expected = exact(logits, target, weight=torch.tensor(2.0))
+    assert torch.equal(far, expected.bfloat16())
+
+
+def test_no_kernel_computes_an_offset_in_int():
+    """Rows, classes and units are int64_t; an int in a kernel is one of these, and no offset."""
+    small = {
+        "kSize", "kMask", "kMaxWarps", "kWords", "kVectorSize", "kVectorBytes", "kWarpSize",
+        "kAtOnce", "kUnitsAtOnce", "kClassesAtOnce", "kPixelThreads",  # constants
+        "lanes", "lane", "warp", "num_warps", "index", "teams", "mask", "i", "k",  # of a block
+        "num_partials", "num_counts", "num_sums",  # at most kMaxBlocks
+    }  # fmt: skip
+    found = set()
+    for path in (simt_device.ROOT / "csrc" / "cuda").glob("*.cuh"):
+        code = re.sub(r"//.*", "", path.read_text())
+        assert not re.search(r"\b(unsigned|uint32_t|int32_t)\s+\w+\s*=[^;]*\bblockIdx", code)
+        found |= set(re.findall(r"\bint\s+(\w+)", code))
+    assert found <= small
+    assert {"lane", "num_partials"} <= found, "the pattern finds nothing"
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+GUARDED = """
+import torch, simt_device
+from oe_ext import outlier_exposure_loss
+simt_device.load()
+torch.manual_seed(0)
+cases = []
+for shape in [(40, 10), (3, 1032), (2, 19, 8, 8)]:
+    for dtype in (torch.float32, torch.float16):
+        for reduction in ("mean", "group_mean", "sum", "none"):
+            target = torch.randint(-2, shape[1], (shape[0], *shape[2:]))
+            one = torch.ones(target.shape if reduction == "none" else ())
+            logits = torch.randn(shape, dtype=dtype)
+            cases.append((logits, target, torch.tensor(0.5), one, reduction))
+with simt_device.active(), simt_device.guarded() as on_device:
+    for *tensors, reduction in cases:
+        logits, target, alpha, one = map(on_device, tensors)
+        logits.requires_grad_()
+        for weight in (0.5, alpha):
+            loss = outlier_exposure_loss(logits, target, weight, reduction)
+            (grad,) = torch.autograd.grad(loss, logits, one)
+    print("looks", flush=True)
+    {after}
+print("done")
+"""
+
+
+def test_the_host_reads_nothing_of_the_device():
+    """Every tensor's memory faults unless a kernel runs: no value can reach the host.
+
+    So nothing can wait for the device, forward or backward, and all can be captured in a graph.
+    """
+    assert run_python(GUARDED.replace("{after}", "")).stdout == "looks\ndone\n"
+
+
+@pytest.mark.parametrize("look", ["loss.sum().item()", "grad.clone()", "print(target.tolist())"])
+def test_the_trap_works(look):
+    result = run_python(GUARDED.replace("{after}", look))
+    assert result.returncode == -11, "a segmentation fault"
+    assert result.stdout == "looks\n"
+
+
+def test_every_line_of_the_kernels_is_executed(tmp_path):
+    """Of the kernels and launchers, in each of the four dtypes."""
+    library = tmp_path / "kernels.so"
+    flags = ["-O0", "--coverage", "-fvisibility=hidden", "-fno-gnu-unique"]
+    simt_device.compile_kernels(simt_device.ROOT, library, flags)
+    code = f"""
+import simt_cases, simt_device
+from pathlib import Path
+simt_device.load()
+simt_device.use_kernels(Path({str(library)!r}))
+for case in simt_cases.CASES:
+    simt_cases.execute(case, 1)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    command = ["gcov", "--json-format", "--stdout", str(library.with_suffix(".gcda"))]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    missed: dict[str, set[int]] = {}
+    num_lines = 0
+    for file in json.loads(output.stdout)["files"]:
+        name = Path(file["file"]).name
+        if "csrc/cuda" not in file["file"] or Path(file["file"]).suffix not in (".cuh", ".cu"):
+            continue
+        # One entry for each dtype and width that a line is compiled for.
+        by_function: dict[tuple[int, str], int] = {}
+        for line in file["lines"]:
+            key = (line["line_number"], line.get("function_name", ""))
+            by_function[key] = by_function.get(key, 0) + line["count"]
+        num_lines += len({number for number, _ in by_function})
+        for (number, function), count in by_function.items():
+            if count == 0:
+                missed.setdefault(f"{name}: {function}", set()).add(number)
+    assert num_lines > 150, "gcov found no kernels"
+    assert missed == {}
