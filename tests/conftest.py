@@ -31,3 +31,20 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How each deliberately wrong kernel died."""
+    fates = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "mutant"
+    ]
+    if fates:
+        killed = sum("SURVIVED" not in fate for fate in fates)
+        terminalreporter.section(f"mutants of the CUDA kernels: {killed} of {len(fates)} killed")
+        for fate in fates:
+            terminalreporter.write_line(fate)

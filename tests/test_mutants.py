@@ -1,0 +1,104 @@
+"""Deliberately wrong CUDA kernels and launchers: each must fail a check that the real ones pass.
+
+The report names the check that killed each; it is printed at the end of the run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import simt_cases
+import simt_device
+import torch
+from simt.mutants import MUTANTS, Mutant
+
+pytestmark = pytest.mark.mutants
+
+SEEDS = (1, 2, 3)
+# The wrong copies are compiled for two dtypes: every way is in both.
+TWO_DTYPES = (torch.float32, torch.bfloat16)
+NUMBERS = [i for i, case in enumerate(simt_cases.CASES) if case.dtype in TWO_DTYPES]
+
+
+def build(mutant: Mutant, folder: Path) -> Path:
+    """The library of a tree with one bug more."""
+    for part in ("csrc", "tests/simt"):
+        shutil.copytree(simt_device.ROOT / part, folder / part)
+    file = folder / mutant.file
+    text = file.read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.name}: its place in {mutant.file} has changed"
+    file.write_text(text.replace(mutant.old, mutant.new))
+    made = folder / "kernels.so"
+    simt_device.compile_kernels(
+        folder, made, ["-O1", "-DOE_EXT_SIMT_TWO_DTYPES", *simt_device.KERNEL_FLAGS]
+    )
+    return made
+
+
+@pytest.fixture(scope="module")
+def fates() -> list[str]:
+    """How each mutant died, so far."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory) -> Iterator[dict[str, Future[Path]]]:
+    """They are compiled while the first ones already run."""
+    simt_device.load()
+    folders = [tmp_path_factory.mktemp("mutant") for _ in MUTANTS]
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(build, *pair) for pair in zip(MUTANTS, folders, strict=True)]
+        yield {mutant.name: future for mutant, future in zip(MUTANTS, futures, strict=True)}
+        pool.shutdown(cancel_futures=True)
+
+
+def killer(library: Path) -> str | None:
+    """What kills it: the check, what it said, and in which case."""
+    simt_device.use_kernels(library)
+    try:
+        for seed in SEEDS:
+            for number in NUMBERS:
+                try:
+                    simt_cases.run(number, seed)
+                except simt_cases.CheckError as error:
+                    return f"{error}  [{simt_cases.CASES[number]}, seed {seed}]"
+    finally:
+        simt_device.use_kernels(simt_device.FOLDER / "kernels.so")
+    return None
+
+
+def test_there_are_enough():
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 25
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_it_dies(mutant, libraries, fates, record_property):
+    killed_by = killer(libraries[mutant.name].result())
+    record_property("mutant", f"{mutant.name}: {killed_by or 'SURVIVED'}")
+    assert killed_by is not None
+    fates.append(killed_by)
+
+
+# The harness's own checks, by a word of what each says.
+FINDINGS = [
+    "shared-memory race", "global-memory race", "uninitialised", "misaligned", "own mask",
+    "exited", "deadlock", "out of bounds: a read of global",
+    "out of bounds: a write to global", "out of bounds: dynamic shared", "host access",
+]  # fmt: skip
+CHECKS = ["value", "gradient", "passes", "width", "sectors"]
+
+
+def test_every_check_kills_one(fates):
+    """Runs last: a check that kills nothing would prove nothing."""
+    for word in (*FINDINGS, *(f"{check}:" for check in CHECKS)):
+        assert any(word in fate for fate in fates), f"no mutant dies of: {word}"
+
+
+def test_the_real_kernels_compiled_in_the_same_way_live(tmp_path):
+    """What kills the mutants is the bug, not how they are made."""
+    nothing = Mutant("none", "csrc/cuda/launch.cu", "namespace {\n", "namespace {\n")
+    assert killer(build(nothing, tmp_path / "tree")) is None
