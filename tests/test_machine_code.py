@@ -1,0 +1,41 @@
+"""What nvcc and ptxas make of the kernels; needs the CUDA toolkit, and no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench" / "cuda"))
+import machine_code
+
+pytestmark = [
+    pytest.mark.nvcc,
+    pytest.mark.skipif(
+        machine_code.find_nvcc() is None or machine_code.find_cuobjdump() is None,
+        reason="needs nvcc, and cuobjdump from oe_ext[cuda-tools]",
+    ),
+]
+DTYPES = {"double", "float", "half", "bfloat16"}
+
+
+@pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
+def test_no_spills_and_wide_loads(architecture):
+    kernels = machine_code.inspect(architecture)
+    assert machine_code.faults(kernels) == []
+    for name in ("forward_rows", "backward_rows", "forward_pixels", "backward_pixels"):
+        for wide in (False, True):
+            found = {k.dtype for k in kernels if k.name == name and (k.width > 1) == wide}
+            assert found == DTYPES, f"{name}, wide: {wide}"
+    assert {"count_rows", "write_loss"} <= {k.name for k in kernels}
+
+
+def test_a_spill_and_a_lost_wide_load_are_found():
+    """The instrument itself: with too few registers ptxas must spill."""
+    kernels = machine_code.inspect("80", "-maxrregcount=32")
+    assert any("spilled" in fault for fault in machine_code.faults(kernels))
+    wide = next(k for k in machine_code.inspect("80") if k.width > 1)
+    narrow = dataclasses.replace(wide, loop_wide_loads=0)
+    assert "no 128-bit loads" in machine_code.faults([narrow])[0]
