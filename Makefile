@@ -9,14 +9,16 @@ INSTALLED := $(VENV)/installed-torch-$(TORCH)
 SOURCES := setup.py pyproject.toml oe_ext/_build.py \
            $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/built-torch-$(TORCH)
+CUDA_TOOLS := $(VENV)/cuda-tools
 
-.PHONY: demo test test-cpp test-packaging bench lint format build clean
+.PHONY: demo test test-cpp test-packaging test-mutants test-nvcc test-cuda bench bench-cuda \
+        ptx sass-report cuda-model lint format build clean
 
 demo: $(BUILT)  ## train on real data, with and without Outlier Exposure
 	$(BIN)/python examples/train_digits.py $(ARGS)
 
 test: $(BUILT)  ## the Python tests
-	$(BIN)/python -m pytest -m "not packaging" $(ARGS)
+	$(BIN)/python -m pytest -m "not packaging and not mutants and not nvcc" $(ARGS)
 
 test-cpp: $(INSTALLED)  ## the C++ tests, through CMake and ctest
 	test -f /usr/include/gtest/gtest.h || (apt-get update -qq && apt-get install -y -qq libgtest-dev)
@@ -27,6 +29,34 @@ test-cpp: $(INSTALLED)  ## the C++ tests, through CMake and ctest
 
 test-packaging: $(BUILT)  ## wheel, sdist, pip with and without isolation, JIT: minutes
 	$(BIN)/python -m pytest -m packaging $(ARGS)
+
+test-mutants: $(BUILT)  ## wrong CUDA kernels, which the CPU harness must all catch: minutes
+	$(BIN)/python -m pytest -m mutants $(ARGS)
+
+test-nvcc: $(INSTALLED) $(CUDA_TOOLS)  ## the CUDA kernels' machine code; needs nvcc: minutes
+	$(BIN)/python -m pytest -m nvcc $(ARGS)
+
+# On a GPU: the same tests with device "cuda", then each of compute-sanitizer's tools over a part.
+test-cuda: $(BUILT)
+	$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available() and 'make test-cuda needs a GPU, and TORCH= a CUDA build of torch')"
+	$(BIN)/python -m pytest -m "not packaging and not mutants and not nvcc" -k "cuda" $(ARGS)
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(BIN)/python -m pytest -q tests/test_values.py -k "cuda and (row_counts or class_counts or tiles)" || exit 1; \
+	done
+
+bench-cuda: $(BUILT)  ## on a GPU: our loss against its rivals
+	$(BIN)/python bench/bench.py --device cuda $(ARGS)
+	$(BIN)/python bench/bench.py --device cuda --dtype bfloat16 $(ARGS)
+
+ptx: $(INSTALLED)  ## the CUDA kernels in PTX; needs nvcc
+	$(BIN)/python bench/cuda/report.py ptx
+
+sass-report: $(INSTALLED) $(CUDA_TOOLS)  ## rewrites the machine-code table of bench/CUDA.md; needs nvcc
+	$(BIN)/python bench/cuda/report.py machine-code
+
+cuda-model: $(BUILT)  ## rewrites the traffic tables of bench/CUDA.md
+	$(BIN)/python bench/cuda/report.py model
 
 bench: $(BUILT)  ## our loss against its rivals
 	$(BIN)/python bench/bench.py $(ARGS)
@@ -47,6 +77,11 @@ build: $(BUILT)  ## compile what has changed
 # An editable install once; after that, compiling in place is all that a change needs.
 $(BUILT): $(INSTALLED) $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+# --no-deps: they are two programs, and what they name as needed is a whole toolkit.
+$(CUDA_TOOLS): | $(INSTALLED)
+	$(BIN)/python -m pip install -q --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
 $(INSTALLED): pyproject.toml
