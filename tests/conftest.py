@@ -33,16 +33,23 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How each deliberately wrong kernel died."""
-    fates = [
+def _reported(terminalreporter: pytest.TerminalReporter, name: str) -> list[str]:
+    """What tests recorded under a name."""
+    return [
         value
         for reports in terminalreporter.stats.values()
         for report in reports
         if getattr(report, "when", None) == "call"
-        for name, value in report.user_properties
-        if name == "mutant"
+        for key, value in report.user_properties
+        if key == name
     ]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How much of the CUDA kernels was executed, and how each deliberately wrong one died."""
+    for line in _reported(terminalreporter, "coverage"):
+        terminalreporter.write_line(line)
+    fates = _reported(terminalreporter, "mutant")
     if fates:
         killed = sum("SURVIVED" not in fate for fate in fates)
         terminalreporter.section(f"mutants of the CUDA kernels: {killed} of {len(fates)} killed")
