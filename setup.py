@@ -57,8 +57,11 @@ def torch_arguments(build):
         libraries=what.libraries,
         depends=[str(path) for path in sorted((ROOT / "csrc").rglob("*.*h"))],
     )
+    # The Makefile compiles in place, where later edits need only what has changed: an editable
+    # install would first compile everything in a temporary folder.
+    deferred = os.environ.get("OE_EXT_DEFER_BUILD") == "1"
     return {
-        "ext_modules": [extension],
+        "ext_modules": [] if deferred else [extension],
         "cmdclass": {"build_ext": BuildExtension},
         # Objects of one torch are never taken for those of another.
         "options": {"build_ext": {"build_temp": f"build/temp-torch-{torch.__version__}"}},
