@@ -81,6 +81,46 @@ class RowVector {
   int64_t stride_;
 };
 
+// The inputs of the loss as the kernels read them, for both directions. The tensors live as long as
+// this does.
+class LossInputs {
+ public:
+  LossInputs(const at::Tensor& logits, const at::Tensor& target, double alpha,
+             const OptionalTensor& alpha_tensor, Reduction reduction, OptionalInt ignore_index,
+             OptionalInt ood_index)
+      : logits_(rows_to_read(logits)),
+        target_(target.contiguous()),
+        labels_(make_labels(target_, logits.size(1), ignore_index, ood_index)),
+        alpha_(alpha),
+        reduction_(reduction) {
+    if (alpha_tensor.has_value()) {
+      alphas_.emplace(*alpha_tensor, target, loss_dtype(logits));
+    }
+  }
+
+  const Labels& labels() const { return labels_; }
+
+  template <template <typename, typename> class Args, typename scalar_t, typename acc_t>
+  void fill(Args<scalar_t, acc_t>& args) const {
+    args.layout = logits_.layout;
+    args.logits = logits_.tensor.template const_data_ptr<scalar_t>();
+    args.labels = labels_;
+    args.alpha.value = static_cast<acc_t>(alpha_);
+    if (alphas_.has_value()) {
+      args.alpha.values = alphas_->template per_row<acc_t>();
+    }
+    args.reduction = reduction_;
+  }
+
+ private:
+  RowView logits_;
+  at::Tensor target_;
+  Labels labels_;
+  double alpha_;
+  std::optional<RowVector> alphas_;
+  Reduction reduction_;
+};
+
 template <typename Backend>
 struct Operator {
   static at::Tensor loss(const at::Tensor& logits, const at::Tensor& target, double alpha,
@@ -140,16 +180,6 @@ struct Operator {
   }
 
  private:
-  template <typename acc_t>
-  static Alpha<acc_t> make_alpha(double alpha, const std::optional<RowVector>& alphas) {
-    Alpha<acc_t> result;
-    result.value = static_cast<acc_t>(alpha);
-    if (alphas.has_value()) {
-      result.values = alphas->per_row<acc_t>();
-    }
-    return result;
-  }
-
   static ForwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, double alpha,
                                    const OptionalTensor& alpha_tensor,
                                    std::string_view reduction_name, OptionalInt ignore_index,
@@ -178,26 +208,18 @@ struct Operator {
       grad_logits = unit_gradient ? at::empty_like(logits) : at::empty({0}, logits.options());
     }
 
-    const RowView input = rows_to_read(logits);
+    const LossInputs inputs(logits, target, alpha, alpha_tensor, reduction, ignore_index,
+                            ood_index);
     std::optional<RowView> output;
     if (unit_gradient) {
       output.emplace(rows_to_write(grad_logits));
-    }
-    const at::Tensor labels = target.contiguous();
-    std::optional<RowVector> alphas;
-    if (alpha_tensor.has_value()) {
-      alphas.emplace(*alpha_tensor, target, dtype);
     }
 
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, logits.scalar_type(), "outlier_exposure_loss", [&] {
           using acc_t = at::opmath_type<scalar_t>;
           ForwardArgs<scalar_t, acc_t> args;
-          args.layout = input.layout;
-          args.logits = input.tensor.template const_data_ptr<scalar_t>();
-          args.labels = make_labels(labels, logits.size(1), ignore_index, ood_index);
-          args.alpha = make_alpha<acc_t>(alpha, alphas);
-          args.reduction = reduction;
+          inputs.fill(args);
           if (save_cross_entropy) {
             args.row_cross_entropy = row_cross_entropy.template mutable_data_ptr<acc_t>();
           }
@@ -215,7 +237,7 @@ struct Operator {
             args.grad_layout = output->layout;
             args.grad_logits = output->tensor.template mutable_data_ptr<scalar_t>();
           }
-          check_labels(Backend::forward(args), args.labels, target);
+          check_labels(Backend::forward(args), inputs.labels(), target);
         });
     if (output.has_value() && !output->tensor.is_same(grad_logits)) {
       grad_logits.copy_(output->tensor);
@@ -237,31 +259,22 @@ struct Operator {
     }
     const c10::DeviceGuard guard(logits.device());
 
-    const RowView input = rows_to_read(logits);
+    const LossInputs inputs(logits, target, alpha, alpha_tensor, reduction, ignore_index,
+                            ood_index);
     const RowView output = rows_to_write(grad_logits);
     const bool in_place = output.tensor.is_same(grad_logits);
-    const at::Tensor labels = target.contiguous();
     const at::Tensor maxima = row_max.contiguous();
     const at::Tensor sums_exp = row_sum_exp.contiguous();
     const at::Tensor group_counts = counts.contiguous();
-    const at::ScalarType dtype = loss_dtype(logits);
-    const RowVector upstream(grad, target, dtype);
-    std::optional<RowVector> alphas;
-    if (alpha_tensor.has_value()) {
-      alphas.emplace(*alpha_tensor, target, dtype);
-    }
+    const RowVector upstream(grad, target, loss_dtype(logits));
 
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, logits.scalar_type(), "outlier_exposure_loss_backward", [&] {
           using acc_t = at::opmath_type<scalar_t>;
           BackwardArgs<scalar_t, acc_t> args;
-          args.layout = input.layout;
-          args.logits = input.tensor.template const_data_ptr<scalar_t>();
+          inputs.fill(args);
           args.grad_layout = output.layout;
           args.grad_logits = output.tensor.template mutable_data_ptr<scalar_t>();
-          args.labels = make_labels(labels, logits.size(1), ignore_index, ood_index);
-          args.alpha = make_alpha<acc_t>(alpha, alphas);
-          args.reduction = reduction;
           args.grad = upstream.template per_row<acc_t>();
           args.row_max = maxima.template const_data_ptr<acc_t>();
           args.row_sum_exp = sums_exp.template const_data_ptr<acc_t>();
@@ -269,7 +282,7 @@ struct Operator {
                             ? nullptr
                             : group_counts.template const_data_ptr<int64_t>();
           args.has_unit_gradient = has_unit_gradient && in_place;
-          check_labels(Backend::backward(args), args.labels, target);
+          check_labels(Backend::backward(args), inputs.labels(), target);
         });
     if (!in_place) {
       grad_logits.copy_(output.tensor);

@@ -108,11 +108,3 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return simt::exchange(mask, value, static_cast<int>(simt::lane()) ^ lane_mask, "__shfl_xor_sync");
 }
-
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32) {
-  const int lane = static_cast<int>(simt::lane());
-  const int source = lane + static_cast<int>(distance);
-  const bool inside = (lane & (width - 1)) + static_cast<int>(distance) < width;
-  return simt::exchange(mask, value, inside ? source : lane, "__shfl_down_sync");
-}
