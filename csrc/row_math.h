@@ -57,6 +57,9 @@ struct RowStats {
   acc_t sum_shifted = 0;  // sum of x - max
   acc_t count = 0;        // how many logits the sums hold
 
+  // Not implicit: that one would be compiled for the file's least processor (see cpu/kernels_avx2.cpp).
+  C10_HOST_DEVICE RowStats() {}
+
   // Empty sums that start from a maximum that is known already.
   C10_HOST_DEVICE static RowStats below(acc_t max) {
     RowStats stats;
@@ -76,12 +79,15 @@ struct RowStats {
     max = new_max;
   }
 
-  // Adds a logit that is not above max.
-  C10_HOST_DEVICE void add(acc_t x) {
+  // Adds a logit that is not above max, and returns exp(x - max).
+  C10_HOST_DEVICE acc_t add(acc_t x) {
+    using std::exp;
     const acc_t shifted = x - max;
-    sum_exp += std::exp(shifted);
+    const acc_t exp_shifted = exp(shifted);
+    sum_exp += exp_shifted;
     sum_shifted += shifted;
-    count += 1;
+    count += acc_t(1);
+    return exp_shifted;
   }
 
   // Adds any logit.
@@ -90,21 +96,6 @@ struct RowStats {
       raise_max(x);
     }
     add(x);
-  }
-
-  // Adds several logits, and raises the maximum once.
-  template <int kCount>
-  C10_HOST_DEVICE void push(const acc_t (&x)[kCount]) {
-    acc_t new_max = max;
-    for (int i = 0; i < kCount; ++i) {
-      new_max = x[i] > new_max ? x[i] : new_max;
-    }
-    if (raised_by(new_max)) {
-      raise_max(new_max);
-    }
-    for (int i = 0; i < kCount; ++i) {
-      add(x[i]);
-    }
   }
 
   C10_HOST_DEVICE void merge(RowStats other) {
@@ -118,7 +109,10 @@ struct RowStats {
     count += other.count;
   }
 
-  C10_HOST_DEVICE acc_t log_sum() const { return std::log(sum_exp); }
+  C10_HOST_DEVICE acc_t log_sum() const {
+    using std::log;
+    return log(sum_exp);
+  }
 };
 
 // logsumexp(x) - x[label]
@@ -131,6 +125,12 @@ C10_HOST_DEVICE acc_t inlier_cross_entropy(const RowStats<acc_t>& stats, acc_t l
 template <typename acc_t>
 C10_HOST_DEVICE acc_t outlier_cross_entropy(const RowStats<acc_t>& stats) {
   return stats.log_sum() - stats.sum_shifted / stats.count;
+}
+
+// d loss / d x of one logit, from exp(x - max) and 1 / sum of exp(x - max).
+template <typename acc_t>
+C10_HOST_DEVICE acc_t logit_gradient(acc_t exp_shifted, acc_t inverse_sum, acc_t q, acc_t scale) {
+  return scale * (exp_shifted * inverse_sum - q);
 }
 
 // The gradient of one row: scale * (softmax(x) - q). An inactive row has a weight of zero: its
@@ -161,7 +161,7 @@ struct RowGradient {
 
   C10_HOST_DEVICE acc_t operator()(acc_t x, int64_t cls) const {
     const acc_t q = cls == label ? acc_t(1) : uniform;
-    return active ? scale * (std::exp(x - max) * inverse_sum - q) : acc_t(0);
+    return active ? logit_gradient(std::exp(x - max), inverse_sum, q, scale) : acc_t(0);
   }
 };
 

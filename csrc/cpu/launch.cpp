@@ -1,36 +1,77 @@
 #include "launch.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <limits>
+#include <memory>
+#include <new>
 #include <vector>
 
-#include "tiles.h"
+#include "kernels.h"
 
 namespace oe_ext::cpu {
 namespace {
 
 // Below this many logits, or labels, a second thread costs more than it brings.
-constexpr int64_t kGrainElements = 32768;
+constexpr int64_t kGrainLogits = 32768;
+constexpr int64_t kGrainLabels = 262144;
 
-// What one task finds out; tasks are cut by the shape alone and merged in their order.
-struct TaskResult {
-  int64_t bad_row = -1;  // the first row with an illegal label
-  GroupSums sums;
+struct Choice {
+  const char* name;
+  const Kernels* kernels;
 };
 
-// Runs body(task) for every task and merges what they return.
+// As torch chooses its own: the widest that the processor has, unless ATEN_CPU_CAPABILITY says less.
+Choice choose_kernels() {
+#if defined(__x86_64__)
+  const std::string capability = at::get_cpu_capability();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (capability == "AVX512" && has_avx512) {
+    return {"AVX512", &kKernelsAvx512};
+  }
+  if ((capability == "AVX512" || capability == "AVX2") && has_avx2) {
+    return {"AVX2", &kKernelsAvx2};
+  }
+#endif
+  return {"DEFAULT", &kKernelsDefault};
+}
+
+const Choice& chosen() {
+  static const Choice choice = choose_kernels();
+  return choice;
+}
+
+// Memory of one thread, not initialised.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size)
+      : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {}
+
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Delete {
+    void operator()(T* data) const { ::operator delete(data, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T, Delete> data_;
+};
+
+// Runs body(begin, end, results) over ranges of tasks and merges the results of all.
 template <typename Body>
-TaskResult for_each_task(int64_t num_tasks, int64_t elements_per_task, const Body& body) {
+TaskResult for_each_task(int64_t num_tasks, int64_t grain, const Body& body) {
   std::vector<TaskResult> results(num_tasks);
-  at::parallel_for(0, num_tasks, std::max<int64_t>(1, kGrainElements / elements_per_task),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t task = begin; task < end; ++task) {
-                       results[task] = body(task);
-                     }
-                   });
+  at::parallel_for(0, num_tasks, std::max<int64_t>(1, grain),
+                   [&](int64_t begin, int64_t end) { body(begin, end, results.data()); });
   TaskResult total;
   for (const TaskResult& result : results) {
     if (result.bad_row >= 0) {
@@ -42,40 +83,39 @@ TaskResult for_each_task(int64_t num_tasks, int64_t elements_per_task, const Bod
   return total;
 }
 
-template <typename Args, typename Body>
-TaskResult for_each_tile(const Args& args, const Body& body) {
-  const Tiling tiling(args.layout);
-  return for_each_task(tiling.num_tiles, tiling.tile_rows * args.layout.num_classes,
-                       [&](int64_t index) {
-                         Tile tile(args, tiling, index);
-                         TaskResult result;
-                         result.bad_row = tile.bad_row;
-                         if (tile.bad_row < 0) {
-                           body(tile, result.sums);
-                         }
-                         return result;
-                       });
-}
-
 TaskResult count_rows(const Labels& labels, int64_t num_rows) {
-  const int64_t num_tasks = (num_rows + kGrainElements - 1) / kGrainElements;
-  return for_each_task(num_tasks, kGrainElements, [&](int64_t task) {
-    const int64_t begin = task * kGrainElements;
-    const int64_t end = std::min(begin + kGrainElements, num_rows);
-    TaskResult result;
-    for (int64_t row = begin; row < end; ++row) {
-      const RowKind kind = labels.rule.kind(labels[row]);
-      if (kind == RowKind::kInvalid) {
-        result.bad_row = row;
-        break;
-      }
-      result.sums.counts.add(kind);
+  const int64_t num_tasks = (num_rows + kGrainLabels - 1) / kGrainLabels;
+  return for_each_task(num_tasks, 1, [&](int64_t begin, int64_t end, TaskResult* results) {
+    for (int64_t task = begin; task < end; ++task) {
+      results[task] = chosen().kernels->count_rows(labels, task * kGrainLabels,
+                                                   std::min((task + 1) * kGrainLabels, num_rows));
     }
-    return result;
   });
 }
 
+// Runs run(tiling, tile, scratch) for every tile.
+template <typename scalar_t, typename acc_t, typename Run>
+TaskResult for_each_tile(const RowLayout& layout, const RowLayout* grad_layout, const Run& run) {
+  const Tiling tiling(layout, grad_layout, sizeof(acc_t));
+  // The lanes of labels are as wide as the arithmetic.
+  TORCH_CHECK(tiling.long_rows || sizeof(acc_t) == 8 ||
+                  layout.num_classes <= std::numeric_limits<int32_t>::max(),
+              "outlier_exposure_loss: on the CPU, more than 2^31 - 1 classes need logits that are "
+              "contiguous along them, got ",
+              layout.num_classes, " classes with a stride of ", layout.class_stride);
+  const int64_t grain = kGrainLogits / (tiling.tile_rows * std::max<int64_t>(1, layout.num_classes));
+  return for_each_task(
+      tiling.num_tiles(), grain, [&](int64_t begin, int64_t end, TaskResult* results) {
+        const Scratch<acc_t> scratch(tiling.scratch_size());
+        for (int64_t tile = begin; tile < end; ++tile) {
+          results[tile] = run(tiling, tile, scratch.data());
+        }
+      });
+}
+
 }  // namespace
+
+const char* capability() { return chosen().name; }
 
 template <typename scalar_t, typename acc_t>
 int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
@@ -87,8 +127,12 @@ int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
     }
     counts = counted.sums.counts;
   }
-  const TaskResult result = for_each_tile(
-      args, [&](Tile& tile, GroupSums& sums) { forward_tile(args, tile, counts, sums); });
+  const auto run_tile = chosen().kernels->template of<scalar_t>().forward;
+  const TaskResult result = for_each_tile<scalar_t, acc_t>(
+      args.layout, args.grad_logits != nullptr ? &args.grad_layout : nullptr,
+      [&](const Tiling& tiling, int64_t tile, acc_t* scratch) {
+        return run_tile(args, tiling, tile, counts, scratch);
+      });
   if (result.bad_row < 0 && args.output.loss != nullptr) {
     args.output.write(result.sums, args.reduction, args.layout.num_rows());
   }
@@ -100,7 +144,12 @@ int64_t backward(const BackwardArgs<scalar_t, acc_t>& args) {
   if (args.is_done()) {
     return -1;
   }
-  return for_each_tile(args, [&](Tile& tile, GroupSums&) { backward_tile(args, tile); }).bad_row;
+  const auto run_tile = chosen().kernels->template of<scalar_t>().backward;
+  return for_each_tile<scalar_t, acc_t>(args.layout, &args.grad_layout,
+                                        [&](const Tiling& tiling, int64_t tile, acc_t* scratch) {
+                                          return run_tile(args, tiling, tile, scratch);
+                                        })
+      .bad_row;
 }
 
 #define OE_EXT_INSTANTIATE(scalar_t, acc_t)                           \

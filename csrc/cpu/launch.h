@@ -6,6 +6,9 @@
 
 namespace oe_ext::cpu {
 
+// The instruction set of the kernels that run: "AVX512", "AVX2", or "DEFAULT".
+const char* capability();
+
 template <typename scalar_t, typename acc_t>
 int64_t forward(const ForwardArgs<scalar_t, acc_t>& args);
 

@@ -102,16 +102,6 @@ TEST_P(RowStatsOfSize, PartsMergeInAnyOrder) {
 
 INSTANTIATE_TEST_SUITE_P(Sizes, RowStatsOfSize, testing::Values(1, 2, 3, 7, 10, 100, 1000));
 
-TEST(RowStats, PushOfSeveralIsPushOfEach) {
-  const double x[4] = {1.0, -kInf, 3.0, 2.0};
-  RowStats<double> together;
-  together.push(x);
-  const auto each = stats_of<double>({1.0, -kInf, 3.0, 2.0});
-  EXPECT_EQ(together.max, each.max);
-  EXPECT_DOUBLE_EQ(together.sum_exp, each.sum_exp);
-  EXPECT_EQ(together.sum_shifted, -kInf);
-}
-
 TEST(RowStats, MinusInfinityAnywhere) {
   for (std::vector<double> x : {std::vector<double>{-kInf, 1, 2}, {1, -kInf, 2}, {1, 2, -kInf}}) {
     const auto stats = stats_of(x);

@@ -1,0 +1,108 @@
+// The kernels of the CPU: each works on one tile of rows. A tile lies within one `outer` index, and
+// its size depends on the layout and the dtype alone: that is why the bits of a result do not
+// depend on the number of threads.
+//
+// They are compiled once for each instruction set (kernels_*.cpp); launch.cpp chooses.
+#pragma once
+
+#include "../kernel_args.h"
+
+namespace oe_ext::cpu {
+
+constexpr int64_t kMaxTileRows = 256;
+// Rows of a tile are a multiple of this, the lanes of the widest vector, but for the last ones.
+constexpr int64_t kTileRowsStep = 16;
+// What a tile of few classes, or of pixels, keeps in cache.
+constexpr int64_t kScratchBytes = 128 * 1024;
+// Of contiguous rows, from this many classes on, each is walked by itself.
+constexpr int64_t kMinLongRow = 64;
+// So many rows as have this many logits; their gradients stay in cache between two walks.
+constexpr int64_t kLongRowTile = 16384;
+
+// How rows are cut into tiles, and the classes of a tile into chunks that fit its scratch memory.
+struct Tiling {
+  // grad_layout: of the gradients that are written, or null.
+  Tiling(const RowLayout& layout, const RowLayout* grad_layout, int64_t element_size)
+      : num_inner(layout.num_inner), num_outer(layout.num_outer) {
+    const int64_t num_classes = layout.num_classes > 0 ? layout.num_classes : 1;
+    const int64_t scratch_elements = kScratchBytes / element_size;
+    long_rows = num_classes >= kMinLongRow && layout.class_stride == 1 &&
+                (grad_layout == nullptr || grad_layout->class_stride == 1);
+    if (long_rows) {
+      tile_rows = between(1, kLongRowTile / num_classes, kMaxTileRows);
+      chunk_classes = tile_rows * num_classes <= scratch_elements ? num_classes : 0;
+    } else {
+      const int64_t rows = scratch_elements / num_classes / kTileRowsStep * kTileRowsStep;
+      tile_rows = between(kTileRowsStep, rows, kMaxTileRows);
+      chunk_classes = between(1, scratch_elements / tile_rows, num_classes);
+    }
+    tiles_per_outer = (num_inner + tile_rows - 1) / tile_rows;
+  }
+
+  int64_t num_tiles() const { return num_outer * tiles_per_outer; }
+  int64_t begin(int64_t tile) const {
+    return tile / tiles_per_outer * num_inner + tile % tiles_per_outer * tile_rows;
+  }
+  int64_t size(int64_t tile) const {
+    const int64_t rest = num_inner - tile % tiles_per_outer * tile_rows;
+    return rest < tile_rows ? rest : tile_rows;
+  }
+  // Elements of the arithmetic's type that a tile needs to work with.
+  int64_t scratch_size() const { return tile_rows * chunk_classes; }
+
+  int64_t num_inner;
+  int64_t num_outer;
+  bool long_rows = false;  // walked one by one, along the classes
+  int64_t tile_rows = 1;
+  int64_t tiles_per_outer = 0;
+  int64_t chunk_classes = 0;  // 0: a long row that does not fit
+
+ private:
+  static int64_t between(int64_t low, int64_t x, int64_t high) {
+    return x < low ? low : (x > high ? high : x);
+  }
+};
+
+// What one task finds out; tasks are cut by the shape alone and merged in their order.
+struct TaskResult {
+  int64_t bad_row = -1;  // the first row with an illegal label
+  GroupSums sums;
+};
+
+template <typename scalar_t, typename acc_t>
+struct TileKernels {
+  // `scratch` is aligned to 64 bytes and holds Tiling::scratch_size() elements.
+  TaskResult (*forward)(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
+                        int64_t tile, GroupCounts counts, acc_t* scratch);
+  TaskResult (*backward)(const BackwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
+                         int64_t tile, acc_t* scratch);
+};
+
+struct Kernels {
+  TaskResult (*count_rows)(const Labels& labels, int64_t begin, int64_t end);
+  TileKernels<float, float> of_float;
+  TileKernels<double, double> of_double;
+  TileKernels<c10::Half, float> of_half;
+  TileKernels<c10::BFloat16, float> of_bfloat16;
+
+  template <typename scalar_t>
+  const auto& of() const {
+    if constexpr (std::is_same_v<scalar_t, double>) {
+      return of_double;
+    } else if constexpr (std::is_same_v<scalar_t, c10::Half>) {
+      return of_half;
+    } else if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+      return of_bfloat16;
+    } else {
+      return of_float;
+    }
+  }
+};
+
+extern const Kernels kKernelsDefault;  // what every processor of the architecture has
+#if defined(__x86_64__)
+extern const Kernels kKernelsAvx2;
+extern const Kernels kKernelsAvx512;
+#endif
+
+}  // namespace oe_ext::cpu
