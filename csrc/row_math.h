@@ -30,14 +30,27 @@ struct LabelRule {
   bool has_ignore_index = false;
   bool has_ood_index = false;
 
+  // Without branches, so that loops over labels can be vectorised.
+  C10_HOST_DEVICE bool is_ignored(int64_t label) const {
+    return has_ignore_index & (label == ignore_index);
+  }
+  C10_HOST_DEVICE bool is_outlier(int64_t label) const {
+    const bool marked = (has_ood_index & (label == ood_index)) | (!has_ood_index & (label < 0));
+    return marked & !is_ignored(label);
+  }
+  C10_HOST_DEVICE bool is_inlier(int64_t label) const {
+    const bool is_class = (label >= 0) & (label < num_classes);
+    return is_class & !is_outlier(label) & !is_ignored(label);
+  }
+
   C10_HOST_DEVICE RowKind kind(int64_t label) const {
-    if (has_ignore_index && label == ignore_index) {
+    if (is_ignored(label)) {
       return RowKind::kIgnored;
     }
-    if (has_ood_index ? label == ood_index : label < 0) {
+    if (is_outlier(label)) {
       return RowKind::kOutlier;
     }
-    return label >= 0 && label < num_classes ? RowKind::kInlier : RowKind::kInvalid;
+    return is_inlier(label) ? RowKind::kInlier : RowKind::kInvalid;
   }
 };
 

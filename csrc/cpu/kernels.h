@@ -13,11 +13,11 @@ constexpr int64_t kMaxTileRows = 256;
 // Rows of a tile are a multiple of this, the lanes of the widest vector, but for the last ones.
 constexpr int64_t kTileRowsStep = 16;
 // What a tile of few classes, or of pixels, keeps in cache.
-constexpr int64_t kScratchBytes = 128 * 1024;
+constexpr int64_t kScratchBytes = 256 * 1024;
 // Of contiguous rows, from this many classes on, each is walked by itself.
-constexpr int64_t kMinLongRow = 64;
+constexpr int64_t kMinLongRow = 128;
 // So many rows as have this many logits; their gradients stay in cache between two walks.
-constexpr int64_t kLongRowTile = 16384;
+constexpr int64_t kLongRowTile = 32768;
 
 // How rows are cut into tiles, and the classes of a tile into chunks that fit its scratch memory.
 struct Tiling {

@@ -86,21 +86,27 @@ int64_t read_labels_of(const Label* labels, const LabelRule& rule_of_labels,
                        TileRows<acc_t>& rows) {
   using Lane = typename TileRows<acc_t>::Lane;
   const LabelRule rule = rule_of_labels;
-  bool bad = false;
-  for (int64_t i = 0; i < rows.size; ++i) {
+  const int64_t size = rows.size;
+  // Two simple loops, in integers: GCC vectorises either, but neither both in one nor a choice.
+  int64_t wide[kMaxTileRows];
+  int64_t legal = 0;
+  for (int64_t i = 0; i < size; ++i) {
     const int64_t label = labels[rows.first + i];
-    const RowKind kind = rule.kind(label);
-    const Lane lane = static_cast<Lane>(label < std::numeric_limits<Lane>::max()
-                                            ? label
-                                            : std::numeric_limits<Lane>::max());
-    const Lane mark = kind == RowKind::kOutlier ? kOutlierLane : kInactiveLane;
-    rows.label[i] = kind == RowKind::kInlier ? lane : mark;
-    bad |= kind == RowKind::kInvalid;
+    const int64_t inlier = rule.is_inlier(label);
+    const int64_t outlier = rule.is_outlier(label);
+    const int64_t ignored = rule.is_ignored(label);
+    static_assert(kOutlierLane == kInactiveLane + 1);
+    wide[i] = (label & -inlier) | ((kInactiveLane + outlier) & (inlier - 1));
+    legal += inlier + outlier + ignored;
+  }
+  constexpr int64_t kLargest = std::numeric_limits<Lane>::max();
+  for (int64_t i = 0; i < size; ++i) {
+    rows.label[i] = static_cast<Lane>(wide[i] < kLargest ? wide[i] : kLargest);
   }
   for (int64_t i = rows.size; i < rows.padded; ++i) {
     rows.label[i] = kInactiveLane;
   }
-  return bad ? first_bad_row(labels, rule, rows.first, rows.first + rows.size) : -1;
+  return legal < size ? first_bad_row(labels, rule, rows.first, rows.first + size) : -1;
 }
 
 template <typename acc_t>
@@ -114,17 +120,17 @@ TaskResult count_rows_of(const Label* labels, const LabelRule& rule_of_labels, i
   const LabelRule rule = rule_of_labels;
   int64_t inliers = 0;
   int64_t outliers = 0;
-  int64_t bad = 0;
+  int64_t ignored = 0;
   for (int64_t row = begin; row < end; ++row) {
-    const RowKind kind = rule.kind(labels[row]);
-    inliers += kind == RowKind::kInlier;
-    outliers += kind == RowKind::kOutlier;
-    bad += kind == RowKind::kInvalid;
+    inliers += rule.is_inlier(labels[row]);
+    outliers += rule.is_outlier(labels[row]);
+    ignored += rule.is_ignored(labels[row]);
   }
   TaskResult result;
   result.sums.counts.inliers = inliers;
   result.sums.counts.outliers = outliers;
-  result.bad_row = bad > 0 ? first_bad_row(labels, rule, begin, end) : -1;
+  const bool all_legal = inliers + outliers + ignored == end - begin;
+  result.bad_row = all_legal ? -1 : first_bad_row(labels, rule, begin, end);
   return result;
 }
 
@@ -218,16 +224,12 @@ void gather(TileView<const scalar_t> logits, int64_t num_classes, const TileRows
   }
 }
 
-// Where gradient_of_rows cannot write itself.
+// The rows from first_row on.
 template <typename scalar_t, typename acc_t>
-void scatter(TileView<scalar_t> grad, int64_t num_classes, const TileRows<acc_t>& rows,
-             const acc_t* scratch) {
-  if (grad.class_stride == 1) {
-    scatter_rows(grad, num_classes, rows, scratch);
-    return;
-  }
+void scatter_by_element(TileView<scalar_t> grad, int64_t first_row, int64_t num_classes,
+                        const TileRows<acc_t>& rows, const acc_t* scratch) {
   for (int64_t cls = 0; cls < num_classes; ++cls) {
-    for (int64_t i = 0; i < rows.size; ++i) {
+    for (int64_t i = first_row; i < rows.size; ++i) {
       grad.data[cls * grad.class_stride + i * grad.row_stride] =
           static_cast<scalar_t>(scratch[cls * rows.padded + i]);
     }
@@ -239,39 +241,52 @@ void scatter(TileView<scalar_t> grad, int64_t num_classes, const TileRows<acc_t>
 // Vectors that are worked on at once, so that their chains of additions overlap.
 constexpr int kBlock = kVectorBytes == 64 ? 4 : 2;
 
-// Runs walk.run<count>(row) for all rows, with count vectors of rows at once.
+// Runs walk.run<count>(row) for the rows of whole vectors, with count vectors at once.
 template <typename acc_t, typename Walk>
-void for_each_block(const TileRows<acc_t>& rows, const Walk& walk) {
+void for_each_block(int64_t num_rows, const Walk& walk) {
   constexpr int64_t kRows = Vec<acc_t>::kSize;
   int64_t row = 0;
-  for (; row + kBlock * kRows <= rows.padded; row += kBlock * kRows) {
+  for (; row + kBlock * kRows <= num_rows; row += kBlock * kRows) {
     walk.template run<kBlock>(row);
   }
-  for (; row < rows.padded; row += kRows) {
+  for (; row + kRows <= num_rows; row += kRows) {
     walk.template run<1>(row);
   }
 }
 
+// The maxima of rows, and their logits at the label.
 template <typename acc_t>
 struct RaiseMaxima {
   using V = Vec<acc_t>;
+  using IntV = IntVec<acc_t>;
   TileRows<acc_t>& rows;
   const acc_t* scratch;
+  int64_t first_class;
   int64_t num_classes;
 
   template <int kCount>
   OE_EXT_INLINE void run(int64_t row) const {
     V max[kCount];
+    V at_label[kCount];
+    IntV label[kCount];
     for (int j = 0; j < kCount; ++j) {
-      max[j] = V::load(rows.max + row + j * V::kSize);
+      const int64_t i = row + j * V::kSize;
+      max[j] = V::load(rows.max + i);
+      at_label[j] = V::load(rows.at_label + i);
+      label[j] = IntV::load(rows.label + i);
     }
-    for (int64_t cls = 0; cls < num_classes; ++cls) {
+    const int64_t padded = rows.padded;
+    for (int64_t k = 0; k < num_classes; ++k) {
+      const auto cls = IntV::broadcast(static_cast<typename IntV::Lane>(first_class + k));
       for (int j = 0; j < kCount; ++j) {
-        max[j] = larger(V::load(scratch + cls * rows.padded + row + j * V::kSize), max[j]);
+        const V x = V::load(scratch + k * padded + row + j * V::kSize);
+        max[j] = larger(x, max[j]);
+        at_label[j] = select(label[j] == cls, x, at_label[j]);
       }
     }
     for (int j = 0; j < kCount; ++j) {
       max[j].store(rows.max + row + j * V::kSize);
+      at_label[j].store(rows.at_label + row + j * V::kSize);
     }
   }
 };
@@ -293,6 +308,7 @@ struct AddClasses {
       total[j].sum_exp = V::load(rows.sum_exp + row + j * V::kSize);
       total[j].sum_shifted = V::load(rows.sum_shifted + row + j * V::kSize);
     }
+    const int64_t padded = rows.padded;
     for (int64_t begin = 0; begin < num_classes; begin += kClassBlock) {
       const int64_t end = std::min(begin + kClassBlock, num_classes);
       RowStats<V> part[kCount];
@@ -301,7 +317,7 @@ struct AddClasses {
       }
       for (int64_t cls = begin; cls < end; ++cls) {
         for (int j = 0; j < kCount; ++j) {
-          acc_t* at = scratch + cls * rows.padded + row + j * V::kSize;
+          acc_t* at = scratch + cls * padded + row + j * V::kSize;
           const V exp_shifted = part[j].add(V::load(at));
           if (kKeepExp) {
             exp_shifted.store(at);
@@ -347,23 +363,22 @@ struct MakeGradients {
       uniform[j] = V::load(rows.uniform + i);
       label[j] = IntV::load(rows.label + i);
     }
+    const int64_t padded = rows.padded;
     for (int64_t k = 0; k < num_classes; ++k) {
       const auto cls = IntV::broadcast(static_cast<typename IntV::Lane>(first_class + k));
       for (int j = 0; j < kCount; ++j) {
         const int64_t i = row + j * V::kSize;
-        acc_t* at = scratch + k * rows.padded + i;
+        acc_t* at = scratch + k * padded + i;
         const V stored = V::load(at);
         const V exp_shifted = kFromExp ? stored : exp(stored - max[j]);
         const V q = select(label[j] == cls, V(acc_t(1)), uniform[j]);
         const V gradient =
             select(label[j] != IntV::broadcast(kInactiveLane),
                    logit_gradient(exp_shifted, inverse_sum[j], q, scale[j]), V(acc_t(0)));
-        if (!kToPlanes) {
-          gradient.store(at);
-        } else if (i + V::kSize <= rows.size) {
+        if (kToPlanes) {
           Packed<scalar_t, acc_t>::store(grad.data + k * grad.class_stride + i, gradient);
         } else {
-          store_part(grad.data + k * grad.class_stride + i, gradient, rows.size - i);
+          gradient.store(at);
         }
       }
     }
@@ -374,24 +389,23 @@ template <bool kFromExp, typename scalar_t, typename acc_t>
 void write_gradients(const TileRows<acc_t>& rows, acc_t* scratch, int64_t first_class,
                      int64_t num_classes, TileView<scalar_t> grad) {
   grad = grad.from_class(first_class);
-  if (grad.row_stride == 1) {
-    for_each_block(rows, MakeGradients<scalar_t, acc_t, kFromExp, true>{
-                             rows, scratch, first_class, num_classes, grad});
+  const MakeGradients<scalar_t, acc_t, kFromExp, false> in_scratch{rows, scratch, first_class,
+                                                                   num_classes, grad};
+  if (grad.row_stride != 1) {
+    for_each_block<acc_t>(rows.padded, in_scratch);
+    if (grad.class_stride == 1) {
+      scatter_rows(grad, num_classes, rows, scratch);
+    } else {
+      scatter_by_element(grad, 0, num_classes, rows, scratch);
+    }
     return;
   }
-  for_each_block(rows, MakeGradients<scalar_t, acc_t, kFromExp, false>{rows, scratch, first_class,
-                                                                       num_classes, grad});
-  scatter(grad, num_classes, rows, scratch);
-}
-
-template <typename acc_t>
-void pick_at_label(int64_t first_class, int64_t num_classes, const acc_t* scratch,
-                   TileRows<acc_t>& rows) {
-  for (int64_t i = 0; i < rows.padded; ++i) {
-    const int64_t k = rows.label[i] - first_class;
-    const bool inside = k >= 0 && k < num_classes;
-    const acc_t x = scratch[(inside ? k : 0) * rows.padded + i];
-    rows.at_label[i] = inside ? x : rows.at_label[i];
+  for_each_block<acc_t>(rows.size, MakeGradients<scalar_t, acc_t, kFromExp, true>{
+                                       rows, scratch, first_class, num_classes, grad});
+  if (rows.size < rows.padded) {
+    const int64_t last = rows.padded - Vec<acc_t>::kSize;
+    in_scratch.template run<1>(last);
+    scatter_by_element(grad, last, num_classes, rows, scratch);
   }
 }
 
@@ -722,8 +736,7 @@ void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
   for (int64_t cls = 0; cls < num_classes; cls += chunk) {
     const int64_t size = std::min(chunk, num_classes - cls);
     gather(logits.from_class(cls), size, rows, scratch);
-    pick_at_label(cls, size, scratch, rows);
-    for_each_block(rows, RaiseMaxima<acc_t>{rows, scratch, size});
+    for_each_block<acc_t>(rows.padded, RaiseMaxima<acc_t>{rows, scratch, cls, size});
   }
   for (int64_t cls = 0; cls < num_classes; cls += chunk) {
     const int64_t size = std::min(chunk, num_classes - cls);
@@ -731,9 +744,9 @@ void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
       gather(logits.from_class(cls), size, rows, scratch);
     }
     if (fits && args.grad_logits != nullptr) {
-      for_each_block(rows, AddClasses<acc_t, true>{rows, scratch, size});
+      for_each_block<acc_t>(rows.padded, AddClasses<acc_t, true>{rows, scratch, size});
     } else {
-      for_each_block(rows, AddClasses<acc_t, false>{rows, scratch, size});
+      for_each_block<acc_t>(rows.padded, AddClasses<acc_t, false>{rows, scratch, size});
     }
   }
   finish_rows(args, counts, rows, sums);

@@ -104,28 +104,35 @@ OE_EXT_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
   return select(a > b, a, b);
 }
 
-template <typename T>
-OE_EXT_INLINE T sum_of_lanes(Vec<T> x) {
-  T lanes[Vec<T>::kSize];
-  x.store(lanes);
-  for (int width = Vec<T>::kSize / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) {
-      lanes[i] += lanes[i + width];
+// Folds the upper half of a vector onto the lower one, until one lane is left.
+template <bool kLargest, typename T, int kBytes>
+OE_EXT_INLINE T fold_lanes(typename VectorType<T, kBytes>::type x) {
+  if constexpr (kBytes == sizeof(T)) {
+    return x[0];
+  } else {
+    using Half = typename VectorType<T, kBytes / 2>::type;
+    Half low;
+    Half high;
+    __builtin_memcpy(&low, &x, sizeof(Half));
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(Half), sizeof(Half));
+    if constexpr (kLargest) {
+      low = high > low ? high : low;
+    } else {
+      low += high;
     }
+    return fold_lanes<kLargest, T, kBytes / 2>(low);
   }
-  return lanes[0];
 }
 
 template <typename T>
+OE_EXT_INLINE T sum_of_lanes(Vec<T> x) {
+  return fold_lanes<false, T, kVectorBytes>(x.raw);
+}
+
+// The lanes must be numbers.
+template <typename T>
 OE_EXT_INLINE T largest_lane(Vec<T> x) {
-  T lanes[Vec<T>::kSize];
-  x.store(lanes);
-  for (int width = Vec<T>::kSize / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) {
-      lanes[i] = lanes[i + width] > lanes[i] ? lanes[i + width] : lanes[i];
-    }
-  }
-  return lanes[0];
+  return fold_lanes<true, T, kVectorBytes>(x.raw);
 }
 
 // Bits of IEEE 754 numbers, and the constants of their exponentials and logarithms.
