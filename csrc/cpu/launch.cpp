@@ -1,10 +1,10 @@
 #include "launch.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 #include <c10/util/Half.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -85,12 +85,28 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num
 #endif
 }
 
+// at::parallel_for as torch itself was compiled, on torch's threads. The header's own runs on one
+// thread where a file is compiled without OpenMP, and on threads of a second OpenMP where it is
+// linked with another one than torch's.
+template <typename Body>
+void parallel_for(int64_t num_tasks, int64_t grain, const Body& body) {
+  if (num_tasks <= grain) {
+    body(int64_t(0), num_tasks);
+    return;
+  }
+  const auto run = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<const Body*>(context))(begin, end);
+  };
+  const AOTITorchError error = torch_parallel_for(0, num_tasks, grain, run, const_cast<Body*>(&body));
+  TORCH_CHECK(error == 0, "outlier_exposure_loss: a thread of the CPU kernels failed");
+}
+
 // Runs body(begin, end, results) over ranges of tasks and merges the results of all.
 template <typename Body>
 TaskResult for_each_task(int64_t num_tasks, int64_t grain, const Body& body) {
   std::vector<TaskResult> results(num_tasks);
-  at::parallel_for(0, num_tasks, std::max<int64_t>(1, grain),
-                   [&](int64_t begin, int64_t end) { body(begin, end, results.data()); });
+  parallel_for(num_tasks, std::max<int64_t>(1, grain),
+               [&](int64_t begin, int64_t end) { body(begin, end, results.data()); });
   TaskResult total;
   for (const TaskResult& result : results) {
     if (result.bad_row >= 0) {
