@@ -1,108 +1,137 @@
-"""Forward + backward of our loss against its rivals, on this machine, in one run.
+"""Our loss against its rivals on this machine, in one run.
 
-The rivals take turns, so that whatever else the machine does slows them all; the medians are
-compared as ratios. A rival whose loss differs from ours ends the run.
+The rivals take turns, so that whatever else the machine does slows them all; medians are compared
+as ratios. Before anything is timed, every rival that computes the loss is held against ours and
+against float64; one that differs ends the run.
 
-    python bench/bench.py [--quick] [--threads 1] [--device cuda] [--dtype bfloat16]
+    python bench/bench.py                  # all: minutes; rewrites results/, RESULTS.md, README
+    python bench/bench.py --report-only    # the same pages, from the CSV files
+    python bench/bench.py --quick          # small shapes; prints
+    python bench/bench.py --only layouts   # a part; prints
+    python bench/bench.py --device cuda [--dtype bfloat16]    # the main table on a GPU; prints
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+import memory
+import report
+import results
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from oe_ext import collect_env, outlier_exposure_loss, reference
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from oracles import load_pytorch_ood_class
-
-SHAPES = [(384, 10), (384, 1000), (4096, 1000), (1024, 32000), (8, 2, 256, 256), (2, 19, 512, 512)]
-QUICK_SHAPES = [(384, 10), (384, 1000), (2, 19, 128, 128)]
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from cases import GOALS, SECTIONS, Case, all_cases, goal_cases, make_inputs, quick_cases
+from results import TimeRow, shape_text
+from rivals import check, make_losses, make_steps
+from timing import take_turns
+from tqdm import tqdm
 
 
-def rivals(dtype: torch.dtype) -> dict[str, Loss]:
-    """All compute the loss, but for cross_entropy, which takes every outlier for class 0."""
-    losses: dict[str, Loss] = {
-        "ours": outlier_exposure_loss,
-        "pytorch-ood": load_pytorch_ood_class()(),
-        "plain torch": reference.outlier_exposure_loss,
-        "cross_entropy": lambda logits, target: F.cross_entropy(logits, target.clamp(min=0)),
-    }
-    if dtype != torch.float32:
-        del losses["pytorch-ood"]  # an error, for (N, C) logits
-    return losses
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def seconds(loss: Loss, logits: Tensor, target: Tensor) -> float:
-    if logits.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    torch.autograd.grad(loss(logits, target), logits)
-    if logits.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def thread_counts(most: int) -> list[int]:
+    """Powers of two, and the most."""
+    return sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)})
 
 
-def measure(
-    shape: tuple[int, ...], repeats: int, device: str, dtype: torch.dtype
-) -> dict[str, float]:
-    """The median seconds of each rival."""
-    logits = torch.randn(shape).to(device, dtype).requires_grad_()
-    target = torch.randint(-shape[1], shape[1], (shape[0], *shape[2:])).to(device)
-    losses = rivals(dtype)
-    ours = outlier_exposure_loss(logits, target)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    for name in losses.keys() - {"ours", "cross_entropy"}:
-        theirs = losses[name](logits, target).to(ours.dtype)
-        torch.testing.assert_close(theirs, ours, rtol=tolerance, atol=0, msg=name)
-    rounds = [
-        {name: seconds(loss, logits, target) for name, loss in losses.items()}
-        for _ in range(repeats + 2)
-    ][2:]
-    return {name: statistics.median(times[name] for times in rounds) for name in losses}
+def measure(case: Case, device: str, threads: int) -> list[TimeRow]:
+    """Checks the rivals of a case, then times them."""
+    inputs = make_inputs(case, device)
+    losses = make_losses(case, inputs)
+
+    def with_threads(count: int, step):
+        def run():
+            torch.set_num_threads(count)
+            step()
+
+        return run
+
+    with torch.set_grad_enabled(not case.inference):
+        check(case, inputs, losses)
+        steps = {(name, threads): step for name, step in make_steps(case, inputs, losses).items()}
+        if case.section == "threads":
+            steps = {
+                (name, count): with_threads(count, step)
+                for count in thread_counts(threads)
+                for (name, _), step in steps.items()
+            }
+        synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+        timings = take_turns(steps, ("ours", threads), case.budget, synchronize)
+    torch.set_num_threads(threads)
+    return [
+        TimeRow(
+            section=case.section,
+            shape=shape_text(case.shape),
+            dtype=dtype_text(case.dtype),
+            layout=case.layout,
+            target_dtype=dtype_text(case.target_dtype),
+            reduction=case.reduction,
+            direction="inference" if case.inference else "forward+backward",
+            threads=count,
+            rival=name,
+            median_us=round(1e6 * timing.seconds, 3),
+            ratio=round(timing.ratio, 4),
+            iqr=round(timing.iqr, 4),
+        )
+        for (name, count), timing in timings.items()
+    ]
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="small shapes, few repeats")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "float64"],
+        help="of the main table (float32), which is then all that is run",
+    )
+    parser.add_argument("--csv", type=Path, help="where to write the times of a run that prints")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU and a CUDA build of torch; there is none here")
-    dtype = getattr(torch, args.dtype)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    if args.only and (args.quick or args.dtype or args.device == "cuda"):
+        parser.error("--only goes with the whole suite, which is the CPU's")
+    return args
 
-    facts = collect_env.collect()
-    facts["threads"] = str(args.threads)
-    for name in ("CPU", "CPU capability", "threads", "torch", "oe_ext", "built with compiler"):
-        print(f"{name}: {facts.get(name, 'unknown')}")
-    if args.device == "cuda":
-        print(f"GPU: {torch.cuda.get_device_name()}")
-    print(f"forward + backward, {args.device}, {args.dtype}: the time of each over ours")
-    print("(above 1: ours is faster)\n")
-    shapes = QUICK_SHAPES if args.quick else SHAPES
-    names = [name for name in rivals(dtype) if name != "ours"]
-    print(f"{'shape':<20}" + "".join(f"{name:>16}" for name in names))
-    for shape in shapes:
-        repeats = 11 if args.quick else 31
-        medians = measure(shape, repeats, args.device, dtype)
-        cells = "".join(f"{medians[name] / medians['ours']:>16.2f}" for name in names)
-        print(f"{shape!s:<20}{cells}")
+
+def main() -> None:
+    args = parse_args()
+    if args.report_only:
+        report.write_pages()
+        return
+    facts = results.provenance(args.device, args.threads)  # before the run changes any file
+    dtype = getattr(torch, args.dtype or "float32")
+    if args.quick:
+        cases = quick_cases(dtype)
+    elif args.dtype or args.device == "cuda":
+        cases = goal_cases(list(GOALS), dtype)
+    else:
+        cases = [case for case in all_cases() if case.section in (args.only or SECTIONS)]
+    is_whole = not (args.quick or args.only or args.dtype or args.csv or args.device == "cuda")
+
+    torch.set_num_threads(args.threads)
+    rows = []
+    for case in (progress := tqdm(cases)):
+        progress.set_description(str(case))
+        rows += measure(case, args.device, args.threads)
+    if not is_whole:
+        print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+        print(f"\n{report.plain_table(rows)}")
+        if args.csv:
+            results.write(args.csv, facts, rows)
+        return
+    results.write(results.TIMES_CSV, facts, rows)
+    if memory.is_supported():
+        results.write(results.MEMORY_CSV, facts, memory.measure(args.threads))
+    report.write_pages()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""What is measured: shapes, dtypes, layouts, and the goals for the main table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ALPHA = 0.5
+OOD_INDEX = 254  # marks the outliers in unsigned labels
+
+Shape = tuple[int, ...]
+
+
+class Goals(NamedTuple):
+    """At least theirs / ours, at most ours / clone and ours / sum."""
+
+    pytorch_ood: float
+    compiled: float
+    cross_entropy: float
+    clone: float | None
+    sum: float
+
+
+GOALS: dict[Shape, Goals] = {
+    (384, 10): Goals(10, 4, 2.5, None, 1.6),
+    (384, 100): Goals(12, 4, 2, None, 1.4),
+    (384, 1000): Goals(20, 4, 2.5, None, 1.5),
+    (4096, 1000): Goals(30, 4, 5, 1.4, 1.3),
+    (1024, 32000): Goals(12, 2.4, 3, 1.2, 1.1),
+    (8, 2, 256, 256): Goals(12, 6, 2, None, 4),
+    (2, 19, 512, 512): Goals(12, 4, 3, 1.3, 1.4),
+    (1, 150, 512, 512): Goals(12, 4, 3.5, 1.2, 1.2),
+}
+QUICK_SHAPES: list[Shape] = [(384, 10), (384, 1000), (2, 19, 128, 128)]
+MEMORY_SHAPES: list[Shape] = [(1024, 32000), (1, 150, 512, 512)]
+
+ALL_RIVALS = ("ours", "pytorch-ood", "compiled", "cross_entropy", "sum", "clone")
+EAGER_RIVALS = ("ours", "pytorch-ood", "cross_entropy", "sum", "clone")
+FUSED_RIVALS = ("ours", "compiled", "cross_entropy", "sum", "clone")
+BASIC_RIVALS = ("ours", "cross_entropy", "sum", "clone")
+
+SECTIONS = (
+    "goals",
+    "dtypes",
+    "layouts",
+    "targets",
+    "reductions",
+    "inference",
+    "threads",
+    "rows",
+    "classes",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    section: str
+    shape: Shape
+    rivals: tuple[str, ...]
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    target_dtype: torch.dtype = torch.int64
+    reduction: str = "mean"
+    inference: bool = False
+    budget: float = 3.0  # seconds for the measured rounds, as far as the fewest rounds allow
+
+    def __str__(self) -> str:
+        return f"{self.section} {self.shape} {str(self.dtype).removeprefix('torch.')}"
+
+
+class Inputs(NamedTuple):
+    logits: Tensor
+    target: Tensor
+    classes: Tensor  # int64, with class 0 in place of every outlier: what F.cross_entropy takes
+    ood_index: int | None
+    weight: Tensor | None  # the upstream gradient where the loss is not a scalar
+
+
+def make_logits(shape: Shape, layout: str) -> Tensor:
+    if layout == "transposed":
+        return torch.randn(shape[::-1]).t()
+    if layout == "sliced":
+        return torch.randn(shape[0], shape[1] + 28)[:, : shape[1]]
+    logits = torch.randn(shape)
+    if layout == "channels_last":
+        return logits.contiguous(memory_format=torch.channels_last)
+    return logits
+
+
+def make_inputs(case: Case, device: str) -> Inputs:
+    """Random logits, and labels of which about half mark outliers."""
+    torch.manual_seed(0)
+    logits = make_logits(case.shape, case.layout).to(device, case.dtype).detach()
+    logits.requires_grad_(not case.inference)
+    num_classes = case.shape[1]
+    labels = torch.randint(-num_classes, num_classes, (case.shape[0], *case.shape[2:]))
+    target, ood_index = labels, None
+    if not case.target_dtype.is_signed:
+        target, ood_index = labels.where(labels >= 0, OOD_INDEX), OOD_INDEX
+    weight = None
+    if case.reduction == "none":
+        weight = torch.rand(labels.shape, dtype=torch.promote_types(case.dtype, torch.float32))
+        weight = weight.to(device)
+    return Inputs(
+        logits,
+        target.to(device, case.target_dtype),
+        labels.clamp(min=0).to(device),
+        ood_index,
+        weight,
+    )
+
+
+def goal_cases(shapes: list[Shape], dtype: torch.dtype) -> list[Case]:
+    # pytorch-ood is an error for (N, C) logits of another dtype than float32.
+    rivals = ALL_RIVALS if dtype == torch.float32 else FUSED_RIVALS
+    return [Case("goals", shape, rivals, dtype, budget=6.0) for shape in shapes]
+
+
+def quick_cases(dtype: torch.dtype) -> list[Case]:
+    return [replace(case, budget=1.0) for case in goal_cases(QUICK_SHAPES, dtype)]
+
+
+def all_cases() -> list[Case]:
+    """The whole suite on the CPU."""
+    dtypes = [
+        *(
+            Case("dtypes", shape, FUSED_RIVALS, torch.bfloat16)
+            for shape in [(384, 100), (4096, 1000), (1024, 32000), (2, 19, 512, 512)]
+        ),
+        *(
+            Case("dtypes", shape, BASIC_RIVALS, dtype)
+            for dtype in (torch.float16, torch.float64)
+            for shape in [(384, 100), (4096, 1000), (2, 19, 512, 512)]
+        ),
+    ]
+    layouts = [
+        Case("layouts", shape, EAGER_RIVALS, layout=layout)
+        for layout, shapes in {
+            "channels_last": [(8, 2, 256, 256), (2, 19, 512, 512), (1, 150, 256, 256)],
+            "transposed": [(384, 10), (4096, 100), (4096, 1000)],
+            "sliced": [(384, 100), (4096, 1000)],
+        }.items()
+        for shape in shapes
+    ]
+    targets = [
+        Case("targets", shape, BASIC_RIVALS, target_dtype=target_dtype)
+        for shape, target_dtype in [
+            ((8, 2, 256, 256), torch.uint8),
+            ((2, 19, 512, 512), torch.uint8),
+            ((2, 19, 512, 512), torch.int32),
+        ]
+    ]
+    reductions = [
+        Case("reductions", shape, rivals, reduction=reduction)
+        for reduction, rivals in {
+            "sum": EAGER_RIVALS,
+            "none": EAGER_RIVALS,
+            "group_mean": ("ours", "sum", "clone"),
+        }.items()
+        for shape in [(384, 100), (4096, 1000), (2, 19, 512, 512)]
+    ]
+    inference_rivals = ("ours", "pytorch-ood", "cross_entropy", "sum")
+    inference = [Case("inference", shape, inference_rivals, inference=True) for shape in GOALS]
+    threads = [
+        Case("threads", shape, ("ours", "clone"))
+        for shape in [(4096, 1000), (1024, 32000), (2, 19, 512, 512), (1, 150, 512, 512)]
+    ]
+    curve_rivals = ("ours", "pytorch-ood", "cross_entropy", "clone")
+    rows = [Case("rows", (4**i, 100), curve_rivals, budget=1.0) for i in range(2, 9)]
+    classes = [Case("classes", (256, 4**i), curve_rivals, budget=1.0) for i in range(1, 9)]
+    return [
+        *goal_cases(list(GOALS), torch.float32),
+        *dtypes,
+        *layouts,
+        *targets,
+        *reductions,
+        *inference,
+        *threads,
+        *rows,
+        *classes,
+    ]

@@ -1,0 +1,281 @@
+"""The tables of bench/RESULTS.md and README.md, from the CSV files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from cases import GOALS
+from results import MEMORY_CSV, ROOT, TIMES_CSV, MemoryRow, TimeRow, parse_shape, read
+
+PAGE = ROOT / "bench" / "RESULTS.md"
+README = ROOT / "README.md"
+
+OTHERS = ("dtypes", "layouts", "targets", "reductions")
+
+
+class Measured:
+    """The rivals of one case, by name (and threads, where those differ)."""
+
+    def __init__(self, rows: Iterable[TimeRow]) -> None:
+        self.rows = list(rows)
+        self.case = self.rows[0]
+        self.shape = parse_shape(self.case.shape)
+
+    def find(self, rival: str, threads: int | None = None) -> TimeRow | None:
+        wanted = (row for row in self.rows if row.rival == rival)
+        return next((row for row in wanted if threads in (None, row.threads)), None)
+
+    def over_ours(self, rival: str) -> float | None:
+        row = self.find(rival)
+        return row.ratio if row else None
+
+    def ours_over(self, rival: str) -> float | None:
+        ratio = self.over_ours(rival)
+        return 1 / ratio if ratio else None
+
+
+def group_cases(rows: list[TimeRow]) -> list[Measured]:
+    def key(row: TimeRow) -> tuple[str, ...]:
+        return (row.section, row.shape, row.dtype, row.layout, row.target_dtype, row.reduction)
+
+    return [Measured(group) for _, group in groupby(rows, key)]
+
+
+def number(value: float | None) -> str:
+    """Three digits."""
+    if value is None:
+        return ""
+    return (
+        f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    )
+
+
+def spread(case: Measured, rival: str) -> str:
+    row = case.find(rival)
+    return f"{number(row.ratio)} ±{number(row.iqr / 2)}" if row else ""
+
+
+def shape_label(case: Measured) -> str:
+    return str(case.shape)
+
+
+def markdown(header: list[str], lines: Iterable[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def plain_table(rows: list[TimeRow]) -> str:
+    """What a run prints: the time of each over ours, with half the interquartile range."""
+    cases = group_cases(rows)
+    names = list(dict.fromkeys(row.rival for row in rows if row.rival != "ours"))
+    header = ["section", "shape", "dtype", "variant", *(f"{name} / ours" for name in names)]
+    lines = [header]
+    for case in cases:
+        first = case.case
+        usual = ("contiguous", "int64", "mean", "forward+backward")
+        variant = (first.layout, first.target_dtype, first.reduction, first.direction)
+        unusual = [word for word, default in zip(variant, usual, strict=True) if word != default]
+        label = [first.section, first.shape, first.dtype, " ".join(unusual)]
+        lines.append(label + [spread(case, name) for name in names])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def goal_table(cases: list[Measured]) -> str:
+    reached = total = 0
+
+    def cell(value: str, goal: float | None, is_reached: bool) -> str:
+        nonlocal reached, total
+        if goal is None:
+            return value
+        reached, total = reached + is_reached, total + 1
+        return f"**{value}** ({goal:g})" if is_reached else f"{value} ({goal:g})"
+
+    lines = []
+    for case in cases:
+        goals = GOALS[case.shape]
+        line = [shape_label(case)]
+        for name, goal in [
+            ("pytorch-ood", goals.pytorch_ood),
+            ("compiled", goals.compiled),
+            ("cross_entropy", goals.cross_entropy),
+        ]:
+            ratio = case.over_ours(name)
+            line.append(cell(spread(case, name), goal, ratio is not None and ratio >= goal))
+        for name, goal in [("clone", goals.clone), ("sum", goals.sum)]:
+            ratio = case.ours_over(name)
+            line.append(cell(number(ratio), goal, None not in (ratio, goal) and ratio <= goal))
+        lines.append(line)
+    header = ["shape", *(f"{name} / ours" for name in ("pytorch-ood", "compiled", "cross_entropy"))]
+    table = markdown([*header, "ours / clone", "ours / sum"], lines)
+    return f"{table}\n\n{reached} of {total} goals reached."
+
+
+def marked(case: Measured, rival: str) -> str:
+    """The ratio; with a mark where the rival is faster."""
+    ratio = case.over_ours(rival)
+    text = spread(case, rival)
+    return f"{text} **(slower)**" if ratio is not None and ratio < 1 else text
+
+
+def other_table(cases: list[Measured]) -> str:
+    lines = [
+        [
+            shape_label(case),
+            case.case.dtype,
+            case.case.layout,
+            case.case.target_dtype,
+            case.case.reduction,
+            marked(case, "cross_entropy"),
+            marked(case, "pytorch-ood"),
+            marked(case, "compiled"),
+            number(case.ours_over("clone")),
+            number(case.ours_over("sum")),
+        ]
+        for case in cases
+    ]
+    header = ["shape", "dtype", "layout", "target", "reduction", "cross_entropy / ours"]
+    header += ["pytorch-ood / ours", "compiled / ours", "ours / clone", "ours / sum"]
+    return markdown(header, lines)
+
+
+def inference_table(cases: list[Measured]) -> str:
+    lines = [
+        [
+            shape_label(case),
+            marked(case, "pytorch-ood"),
+            marked(case, "cross_entropy"),
+            number(case.ours_over("sum")),
+        ]
+        for case in cases
+    ]
+    return markdown(["shape", "pytorch-ood / ours", "cross_entropy / ours", "ours / sum"], lines)
+
+
+def thread_table(cases: list[Measured]) -> str:
+    counts = sorted({row.threads for case in cases for row in case.rows})
+    lines = []
+    for case in cases:
+        line = [shape_label(case)]
+        for count in counts[1:]:
+            for name in ("ours", "clone"):
+                alone, together = (case.find(name, threads) for threads in (counts[0], count))
+                assert alone is not None
+                assert together is not None
+                line.append(number(alone.median_us / together.median_us))
+        lines.append(line)
+    header = [f"{name}, {count} threads" for count in counts[1:] for name in ("ours", "clone")]
+    return markdown(["shape", *header], lines)
+
+
+def memory_table(rows: list[MemoryRow]) -> str:
+    names = list(dict.fromkeys(row.rival for row in rows))
+    lines = [
+        [str(parse_shape(shape)), *(f"{row.ratio:.2f}" for row in group)]
+        for shape, group in groupby(rows, lambda row: row.shape)
+    ]
+    return markdown(["shape", *names], lines)
+
+
+def model_bytes(case: Measured) -> int:
+    """What forward and backward must move: logits, gradient, labels, and a loss for each position.
+
+    The forward writes the gradient of a scalar loss while it has the logits at hand. Elsewhere, and
+    in float16, the backward reads them again.
+    """
+    first = case.case
+    elements = torch.Size(case.shape).numel()
+    positions = elements // case.shape[1]
+    passes = 3 if first.reduction == "none" or first.dtype == "float16" else 2
+    label_bytes = getattr(torch, first.target_dtype).itemsize
+    logit_bytes = getattr(torch, first.dtype).itemsize
+    return passes * elements * logit_bytes + positions * (label_bytes + 4)
+
+
+def roofline_table(cases: list[Measured]) -> str:
+    lines = []
+    for case in cases:
+        ours, clone = case.find("ours"), case.find("clone")
+        assert ours is not None
+        assert clone is not None
+        logit_bytes = torch.Size(case.shape).numel() * getattr(torch, case.case.dtype).itemsize
+        copied = 2 * logit_bytes / clone.median_us  # MB/s
+        moved = model_bytes(case) / ours.median_us
+        lines.append(
+            [
+                shape_label(case),
+                case.case.dtype,
+                case.case.reduction,
+                number(model_bytes(case) / 1e6),
+                number(moved / 1e3),
+                number(copied / 1e3),
+                f"{100 * moved / copied:.0f} %",
+            ]
+        )
+    header = ["shape", "dtype", "reduction", "MB by the model", "ours, GB/s", "clone, GB/s"]
+    return markdown([*header, "attained"], lines)
+
+
+def readme_table(cases: list[Measured]) -> str:
+    header = ["logits, float32", "pytorch-ood", "`torch.compile`", "`F.cross_entropy`"]
+    lines = [
+        [
+            shape_label(case),
+            *(number(case.over_ours(name)) for name in ("pytorch-ood", "compiled")),
+            number(case.over_ours("cross_entropy")),
+        ]
+        for case in cases
+    ]
+    return markdown(header, lines)
+
+
+def rewrite(path: Path, section: str, text: str) -> None:
+    """Replaces what stands between the two comments that name a section."""
+    page = path.read_text()
+    begin, end = f"<!-- {section} -->", f"<!-- end {section} -->"
+    pattern = re.compile(f"{begin}\n.*?{end}", re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise RuntimeError(f"{path} must hold the section {section!r} once")
+    path.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", page))
+
+
+def write_pages() -> None:
+    """Rewrites the tables and the plots."""
+    import plots
+
+    facts, rows = read(TIMES_CSV, TimeRow)
+    cases = group_cases(rows)
+
+    def of(*sections: str) -> list[Measured]:
+        return [case for case in cases if case.case.section in sections]
+
+    moved = [
+        case
+        for case in of("goals", "dtypes", "reductions")
+        if case.case.section != "reductions" or case.case.reduction == "none"
+    ]
+    tables: dict[str, str] = {
+        "provenance": "\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        "goals": goal_table(of("goals")),
+        "others": other_table(of(*OTHERS)),
+        "inference": inference_table(of("inference")),
+        "threads": thread_table(of("threads")),
+        "roofline": roofline_table(moved),
+    }
+    plots.draw_speed(of("goals"))
+    plots.draw_curves(of("rows"), of("classes"))
+    if MEMORY_CSV.exists():
+        _, memory_rows = read(MEMORY_CSV, MemoryRow)
+        tables["memory"] = memory_table(memory_rows)
+        plots.draw_memory(memory_rows)
+    for section, table in tables.items():
+        rewrite(PAGE, section, table)
+    if "<!-- bench -->" in README.read_text():
+        rewrite(README, "bench", readme_table(of("goals")))

@@ -1,0 +1,137 @@
+"""Who is measured, and the proof that all who claim to compute the loss do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from cases import ALPHA, Case, Inputs
+from torch import Tensor
+
+from oe_ext import outlier_exposure_loss, reference
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from oracles import load_pytorch_ood_class
+
+#: The rivals that compute the loss. cross_entropy is a cheaper one; sum and clone are floors.
+EXACT = ("ours", "pytorch-ood", "compiled")
+
+# The largest error, over the largest value, of the loss and of its gradient. The loss of half
+# types is computed in float32; their gradient is stored in half: one unit in the last place.
+LOSS_TOLERANCE = {torch.float64: 1e-12}
+GRADIENT_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps,
+    torch.float16: torch.finfo(torch.float16).eps,
+}
+FLOAT32_TOLERANCE = 1e-5
+
+#: One forward (the loss), or one forward and backward (the gradient).
+Step = Callable[[], Tensor]
+
+
+class DisagreementError(RuntimeError):
+    """A rival does not compute what we do."""
+
+
+def plain_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """The loss without a branch, in a form that suits ``torch.compile``."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_probs = F.log_softmax(logits, dim=1, dtype=dtype)
+    at_label = log_probs.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return torch.where(target < 0, -ALPHA * log_probs.mean(dim=1), -at_label).mean()
+
+
+def make_losses(case: Case, inputs: Inputs) -> dict[str, Step]:
+    """The loss of each rival of the case but clone, which has none."""
+    logits, target, classes, ood_index, _ = inputs
+    losses: dict[str, Step] = {
+        "ours": lambda: outlier_exposure_loss(
+            logits, target, ALPHA, case.reduction, ood_index=ood_index
+        ),
+        "cross_entropy": lambda: F.cross_entropy(logits, classes, reduction=case.reduction),
+        "sum": lambda: logits.sum(),
+    }
+    if "pytorch-ood" in case.rivals:
+        module = load_pytorch_ood_class()(ALPHA, case.reduction)
+        losses["pytorch-ood"] = lambda: module(logits, target)
+    if "compiled" in case.rivals:
+        torch._dynamo.reset()
+        compiled = torch.compile(plain_loss, fullgraph=True, dynamic=False)
+        losses["compiled"] = lambda: compiled(logits, target)
+    return losses
+
+
+def make_steps(case: Case, inputs: Inputs, losses: dict[str, Step]) -> dict[str, Step]:
+    if case.inference:
+        return {name: losses[name] for name in case.rivals}
+    logits, weight = inputs.logits, inputs.weight
+    detached = logits.detach()
+
+    def differentiated(loss: Step) -> Step:
+        return lambda: torch.autograd.grad(loss(), logits, weight)[0]
+
+    def total() -> Tensor:
+        # The gradient of a sum is one number, expanded. backward() writes it out, and so do we.
+        return torch.autograd.grad(logits.sum(), logits)[0].contiguous()
+
+    steps = {name: differentiated(loss) for name, loss in losses.items() if name != "sum"}
+    steps |= {"sum": total, "clone": detached.clone}
+    return {name: steps[name] for name in case.rivals}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest error over the largest value; NaN where either has one.
+
+    Less than the dtype's smallest number is no error: float16 cannot hold it.
+    """
+    info = torch.finfo(actual.dtype)
+    smallest = info.smallest_normal * info.eps
+    expected = expected.double()
+    error = (actual.double() - expected).abs().max() - smallest
+    return (error.clamp(min=0) / expected.abs().max()).item()
+
+
+def check(case: Case, inputs: Inputs, losses: dict[str, Step]) -> None:
+    """Holds the rivals that compute the loss against ours and against float64.
+
+    Raises:
+        DisagreementError: a value or a gradient is further off than the tolerance.
+    """
+    logits, target, _, ood_index, weight = inputs
+
+    def values(loss: Step, leaf: Tensor, weight: Tensor | None) -> list[Tensor]:
+        value = loss()
+        if case.inference:
+            return [value]
+        return [value.detach(), torch.autograd.grad(value, leaf, weight)[0]]
+
+    exact = logits.detach().double().requires_grad_(not case.inference)
+    expected = values(
+        lambda: reference.outlier_exposure_loss(
+            exact, target, ALPHA, case.reduction, ood_index=ood_index
+        ),
+        exact,
+        None if weight is None else weight.double(),
+    )
+    tolerances = [
+        LOSS_TOLERANCE.get(case.dtype, FLOAT32_TOLERANCE),
+        GRADIENT_TOLERANCE.get(case.dtype, FLOAT32_TOLERANCE),
+    ]
+    ours = None
+    for name in (name for name in EXACT if name in case.rivals):
+        actual = values(losses[name], logits, weight)
+        ours = ours or actual
+        for truth, held in (("float64", expected), ("ours", ours)):
+            for what, a, b, tolerance in zip(
+                ("loss", "gradient"), actual, held, tolerances, strict=False
+            ):
+                error = relative_error(a, b)
+                if not error <= tolerance:
+                    raise DisagreementError(
+                        f"{case}: the {what} of {name} differs from {truth} by {error:.2g} of "
+                        f"the largest value, more than {tolerance:.2g}"
+                    )

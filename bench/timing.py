@@ -1,0 +1,73 @@
+"""Rivals take turns; medians and ratios of what they took."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar
+
+MIN_BURST = 1e-3  # seconds of our calls timed at once, for which jitter no longer matters
+MIN_ROUNDS, MAX_ROUNDS = 7, 61
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Timing(NamedTuple):
+    seconds: float  # the median of one call
+    ratio: float  # over the median of the baseline
+    iqr: float  # interquartile range of the ratios of the single rounds
+
+
+def burst(step: Callable[[], object], calls: int, synchronize: Callable[[], None]) -> float:
+    """Seconds of so many calls in a row."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(
+    steps: dict[Key, Callable[[], object]],
+    baseline: Key,
+    budget: float,
+    synchronize: Callable[[], None],
+) -> dict[Key, Timing]:
+    """Times all steps in interleaved rounds for about ``budget`` seconds.
+
+    Each round times a burst of the same number of calls of each; the order changes from round to
+    round, so that none always follows the same other.
+    """
+    for step in steps.values():
+        step()
+    calls = 1
+    while burst(steps[baseline], calls, synchronize) < MIN_BURST:
+        calls *= 2
+    keys = list(steps)
+
+    def time_round(order: list[Key]) -> dict[Key, float]:
+        return {key: burst(steps[key], calls, synchronize) / calls for key in order}
+
+    gc.collect()
+    gc.disable()
+    try:
+        round_seconds = calls * sum(time_round(keys).values())  # the warm-up
+        num_rounds = min(max(int(budget / round_seconds), MIN_ROUNDS), MAX_ROUNDS)
+        rounds = []
+        for index in range(num_rounds):
+            shift = index % len(keys)
+            order = keys[shift:] + keys[:shift]
+            rounds.append(time_round(order if index % 2 == 0 else order[::-1]))
+    finally:
+        gc.enable()
+
+    medians = {key: statistics.median(taken[key] for taken in rounds) for key in keys}
+    timings = {}
+    for key in keys:
+        ratios = [taken[key] / taken[baseline] for taken in rounds]
+        lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+        timings[key] = Timing(medians[key], medians[key] / medians[baseline], upper - lower)
+    return timings
