@@ -15,7 +15,7 @@ constexpr int64_t kTileRowsStep = 16;
 // What a tile of few classes, or of pixels, keeps in cache.
 constexpr int64_t kScratchBytes = 256 * 1024;
 // Of contiguous rows, from this many classes on, each is walked by itself.
-constexpr int64_t kMinLongRow = 128;
+constexpr int64_t kMinLongRow = 64;
 // So many rows as have this many logits; their gradients stay in cache between two walks.
 constexpr int64_t kLongRowTile = 32768;
 
