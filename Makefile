@@ -11,7 +11,7 @@ SOURCES := setup.py pyproject.toml oe_ext/_build.py \
 BUILT := $(VENV)/built-torch-$(TORCH)
 CUDA_TOOLS := $(VENV)/cuda-tools
 
-.PHONY: demo test test-cpp test-packaging test-mutants test-nvcc test-cuda bench bench-cuda \
+.PHONY: demo test test-cpp test-levels test-packaging test-mutants test-nvcc test-cuda bench bench-cuda instructions \
         ptx sass-report cuda-model lint format build clean
 
 demo: $(BUILT)  ## train on real data, with and without Outlier Exposure
@@ -26,6 +26,13 @@ test-cpp: $(INSTALLED)  ## the C++ tests, through CMake and ctest
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch.utils as u; print(u.cmake_prefix_path)')"
 	cmake --build build/cmake
 	ctest --test-dir build/cmake --output-on-failure
+
+# As the tests do, but with the kernels of lesser processors.
+test-levels: $(BUILT)  ## the CPU tests at every capability below this processor's: a minute or two
+	for level in default avx2; do \
+	  ATEN_CPU_CAPABILITY=$$level $(BIN)/python -m pytest -q \
+	    -m "not packaging and not mutants and not nvcc" -k "not simt" $(ARGS) || exit 1; \
+	done
 
 test-packaging: $(BUILT)  ## wheel, sdist, pip with and without isolation, JIT: minutes
 	$(BIN)/python -m pytest -m packaging $(ARGS)
@@ -58,8 +65,12 @@ sass-report: $(INSTALLED) $(CUDA_TOOLS)  ## rewrites the machine-code table of b
 cuda-model: $(BUILT)  ## rewrites the traffic tables of bench/CUDA.md
 	$(BIN)/python bench/cuda/report.py model
 
-bench: $(BUILT)  ## our loss against its rivals
+bench: $(BUILT)  ## our loss against its rivals; rewrites bench/RESULTS.md
 	$(BIN)/python bench/bench.py $(ARGS)
+
+instructions: $(BUILT)  ## of small calls, by callgrind, against those recorded
+	test -f /usr/include/valgrind/callgrind.h || (apt-get update -qq && apt-get install -y -qq valgrind)
+	$(BIN)/python bench/instructions.py $(ARGS)
 
 lint: $(INSTALLED)  ## nothing is changed
 	$(BIN)/ruff check

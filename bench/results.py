@@ -83,7 +83,7 @@ def provenance(device: str, threads: int) -> dict[str, str]:
     chosen = {"GPU": torch.cuda.get_device_name()} if device == "cuda" else {}
     chosen |= {
         "CPU": facts["CPU"],
-        "CPU capability": facts["CPU capability"],
+        "CPU kernels": facts.get("CPU kernels", "unknown"),
         "threads": str(threads),
         "torch": facts["torch"],
         "oe_ext": facts["oe_ext"],

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
+#include "cpu/launch.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Operators of oe_ext (registered with torch on import) and how they were built";
@@ -20,4 +21,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "How this library was built: torch's version, the compiler, CUDA's version as an integer "
       "(13000 is 13.0; None without CUDA) and the architectures of the CUDA kernels.");
+  m.def("cpu_capability", &oe_ext::cpu::capability,
+        "The instruction set of the CPU kernels that run here: AVX512, AVX2 or DEFAULT. "
+        "ATEN_CPU_CAPABILITY sets a lower one.");
 }

@@ -70,7 +70,8 @@ struct RowStats {
   acc_t sum_shifted = 0;  // sum of x - max
   acc_t count = 0;        // how many logits the sums hold
 
-  // Not implicit: that one would be compiled for the file's least processor (see cpu/kernels_avx2.cpp).
+  // Not implicit: that one would be compiled for the file's least processor (see
+  // cpu/kernels_avx2.cpp).
   C10_HOST_DEVICE RowStats() {}
 
   // Empty sums that start from a maximum that is known already.

@@ -54,6 +54,7 @@ def _library() -> dict[str, str]:
     facts = {"oe_ext": oe_ext.__version__, "library": _ext.origin}
     if _ext.module is not None:
         facts |= {f"built with {key}": str(v) for key, v in _ext.module.build_info().items()}
+        facts["CPU kernels"] = _ext.module.cpu_capability()
     name = "oe_ext::outlier_exposure_loss"
     keys = ("CPU", "CUDA", "Meta", "Autograd")
     has = torch._C._dispatch_has_kernel_for_dispatch_key

@@ -1,7 +1,6 @@
 // The kernels for every processor of the architecture: SSE2 on x86-64, NEON on AArch64.
 #include "levels.h"
 
-
 namespace oe_ext::cpu {
 constexpr int kVectorBytes = 16;
 }

@@ -31,7 +31,8 @@ struct Choice {
   const Kernels* kernels;
 };
 
-// As torch chooses its own: the widest that the processor has, unless ATEN_CPU_CAPABILITY says less.
+// As torch chooses its own: the widest that the processor has, unless ATEN_CPU_CAPABILITY says
+// less.
 Choice choose_kernels() {
 #if defined(__x86_64__)
   const std::string capability = at::get_cpu_capability();
@@ -71,8 +72,8 @@ class Scratch {
   std::unique_ptr<T, Delete> data_;
 };
 
-// Asks for large pages for a gradient that is about to be written for the first time: at 4 KiB each,
-// the page faults of a large one cost more than its arithmetic. As NumPy does for its arrays.
+// Asks for large pages for a gradient that is about to be written for the first time: at 4 KiB
+// each, the page faults of a large one cost more than its arithmetic. As NumPy does for its arrays.
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
@@ -97,7 +98,8 @@ void parallel_for(int64_t num_tasks, int64_t grain, const Body& body) {
   const auto run = [](int64_t begin, int64_t end, void* context) {
     (*static_cast<const Body*>(context))(begin, end);
   };
-  const AOTITorchError error = torch_parallel_for(0, num_tasks, grain, run, const_cast<Body*>(&body));
+  const AOTITorchError error =
+      torch_parallel_for(0, num_tasks, grain, run, const_cast<Body*>(&body));
   TORCH_CHECK(error == 0, "outlier_exposure_loss: a thread of the CPU kernels failed");
 }
 
@@ -138,14 +140,15 @@ TaskResult for_each_tile(const RowLayout& layout, const RowLayout* grad_layout, 
               "outlier_exposure_loss: on the CPU, more than 2^31 - 1 classes need logits that are "
               "contiguous along them, got ",
               layout.num_classes, " classes with a stride of ", layout.class_stride);
-  const int64_t grain = kGrainLogits / (tiling.tile_rows * std::max<int64_t>(1, layout.num_classes));
-  return for_each_task(
-      tiling.num_tiles(), grain, [&](int64_t begin, int64_t end, TaskResult* results) {
-        const Scratch<acc_t> scratch(tiling.scratch_size());
-        for (int64_t tile = begin; tile < end; ++tile) {
-          results[tile] = run(tiling, tile, scratch.data());
-        }
-      });
+  const int64_t grain =
+      kGrainLogits / (tiling.tile_rows * std::max<int64_t>(1, layout.num_classes));
+  return for_each_task(tiling.num_tiles(), grain,
+                       [&](int64_t begin, int64_t end, TaskResult* results) {
+                         const Scratch<acc_t> scratch(tiling.scratch_size());
+                         for (int64_t tile = begin; tile < end; ++tile) {
+                           results[tile] = run(tiling, tile, scratch.data());
+                         }
+                       });
 }
 
 }  // namespace

@@ -58,18 +58,18 @@ struct TileView {
 // ---- Labels
 
 // Calls f(labels) with a pointer of the labels' type.
-#define OE_EXT_WITH_LABELS(labels, f, ...)                                \
-  switch ((labels).type) {                                                \
-    case LabelType::kInt32:                                               \
-      return f(static_cast<const int32_t*>((labels).data), __VA_ARGS__);  \
-    case LabelType::kInt16:                                               \
-      return f(static_cast<const int16_t*>((labels).data), __VA_ARGS__);  \
-    case LabelType::kInt8:                                                \
-      return f(static_cast<const int8_t*>((labels).data), __VA_ARGS__);   \
-    case LabelType::kUInt8:                                               \
-      return f(static_cast<const uint8_t*>((labels).data), __VA_ARGS__);  \
-    default:                                                              \
-      return f(static_cast<const int64_t*>((labels).data), __VA_ARGS__);  \
+#define OE_EXT_WITH_LABELS(labels, f, ...)                               \
+  switch ((labels).type) {                                               \
+    case LabelType::kInt32:                                              \
+      return f(static_cast<const int32_t*>((labels).data), __VA_ARGS__); \
+    case LabelType::kInt16:                                              \
+      return f(static_cast<const int16_t*>((labels).data), __VA_ARGS__); \
+    case LabelType::kInt8:                                               \
+      return f(static_cast<const int8_t*>((labels).data), __VA_ARGS__);  \
+    case LabelType::kUInt8:                                              \
+      return f(static_cast<const uint8_t*>((labels).data), __VA_ARGS__); \
+    default:                                                             \
+      return f(static_cast<const int64_t*>((labels).data), __VA_ARGS__); \
   }
 
 template <typename Label>
@@ -143,8 +143,8 @@ TaskResult count_rows(const Labels& labels, int64_t begin, int64_t end) {
 
 // Contiguous rows to [class][row].
 template <typename scalar_t, typename acc_t>
-void gather_rows(TileView<const scalar_t> logits, int64_t num_classes,
-                 const TileRows<acc_t>& rows, acc_t* scratch) {
+void gather_rows(TileView<const scalar_t> logits, int64_t num_classes, const TileRows<acc_t>& rows,
+                 acc_t* scratch) {
   using V = Vec<acc_t>;
   const int64_t end_of_tile = (rows.size - 1) * logits.row_stride + num_classes;
   for (int64_t row = 0; row < rows.padded; row += V::kSize) {
@@ -478,8 +478,8 @@ void add_row(const scalar_t* logits, int64_t num_classes, acc_t* exps, int64_t i
         exp_shifted.store(exps + i);
       }
     }
-    sum_exp += sum_of_lanes((part[0].sum_exp + part[1].sum_exp) +
-                            (part[2].sum_exp + part[3].sum_exp));
+    sum_exp +=
+        sum_of_lanes((part[0].sum_exp + part[1].sum_exp) + (part[2].sum_exp + part[3].sum_exp));
     sum_shifted += sum_of_lanes((part[0].sum_shifted + part[1].sum_shifted) +
                                 (part[2].sum_shifted + part[3].sum_shifted));
   }
@@ -578,8 +578,7 @@ struct LaneSums {
 
 // Stores the lanes of rows that exist; nothing where `values` is null.
 template <typename acc_t>
-OE_EXT_INLINE void store_rows(acc_t* values, const TileRows<acc_t>& rows, int64_t i,
-                              Vec<acc_t> x) {
+OE_EXT_INLINE void store_rows(acc_t* values, const TileRows<acc_t>& rows, int64_t i, Vec<acc_t> x) {
   if (values == nullptr) {
     return;
   }
@@ -599,8 +598,10 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
   using IntV = IntVec<acc_t>;
   const V zero = acc_t(0);
   const V num_classes = static_cast<acc_t>(args.layout.num_classes);
-  const V inlier_divisor = static_cast<acc_t>(reduction_divisor(args.reduction, RowKind::kInlier, counts));
-  const V outlier_divisor = static_cast<acc_t>(reduction_divisor(args.reduction, RowKind::kOutlier, counts));
+  const V inlier_divisor =
+      static_cast<acc_t>(reduction_divisor(args.reduction, RowKind::kInlier, counts));
+  const V outlier_divisor =
+      static_cast<acc_t>(reduction_divisor(args.reduction, RowKind::kOutlier, counts));
   LaneSums<acc_t> inliers;
   LaneSums<acc_t> outliers;
   for (int64_t i = 0; i < rows.padded; i += V::kSize) {
@@ -626,11 +627,10 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
     stats.sum_shifted = V::load(rows.sum_shifted + i);
     stats.count = num_classes;
     const V at_label = V::load(rows.at_label + i);
-    const V cross_entropy =
-        select(is_active,
-               select(is_inlier, inlier_cross_entropy(stats, at_label),
-                      outlier_cross_entropy(stats)),
-               zero);
+    const V cross_entropy = select(
+        is_active,
+        select(is_inlier, inlier_cross_entropy(stats, at_label), outlier_cross_entropy(stats)),
+        zero);
     const V loss = select(counts_for_loss, weight * cross_entropy, zero);
     inliers.add(select(is_inlier, loss, zero));
     outliers.add(select(is_inlier, zero, loss));
@@ -676,8 +676,7 @@ bool reads_row(const ForwardArgs<scalar_t, acc_t>& args, const TileRows<acc_t>& 
 
 template <typename scalar_t, typename acc_t>
 void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
-                       GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows,
-                       GroupSums& sums) {
+                       GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows, GroupSums& sums) {
   const int64_t num_classes = args.layout.num_classes;
   const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
   // The exponentials wait where the gradients will be, if that has their type, or in scratch.

@@ -1,8 +1,8 @@
 // One vector register of floats or doubles, as wide as kVectorBytes, in the vector extensions that
 // GCC and clang share: the same source becomes SSE2, AVX2, AVX-512 or NEON.
 //
-// Included once in each file of kernels, after its instruction set was chosen (levels.h), and all of
-// it internal to that file: two files' Vec<float> are not the same type.
+// Included once in each file of kernels, after its instruction set was chosen (levels.h), and all
+// of it internal to that file: two files' Vec<float> are not the same type.
 #pragma once
 
 #include "levels.h"
@@ -172,11 +172,11 @@ struct FloatBits<double> {
   static constexpr double kHighest = 710;
   static constexpr int64_t kBitsOfSqrtHalf = 0x3fe6a09e667f3bcd;
   // As above, to 4e-18.
-  static constexpr double kExp[] = {
-      0.5000000000000010721,    0.16666666666666410235,   0.041666666666529188594,
-      0.0083333333334956237916, 0.0013888888943922639616, 0.00019841269504765356436,
-      0.000024801492762795647439, 2.7557587342203818353e-6, 2.7630378620805180305e-7,
-      2.4999965343255922631e-8};
+  static constexpr double kExp[] = {0.5000000000000010721,      0.16666666666666410235,
+                                    0.041666666666529188594,    0.0083333333334956237916,
+                                    0.0013888888943922639616,   0.00019841269504765356436,
+                                    0.000024801492762795647439, 2.7557587342203818353e-6,
+                                    2.7630378620805180305e-7,   2.4999965343255922631e-8};
   static constexpr int kLogTerms = 11;
 };
 
@@ -275,12 +275,12 @@ OE_EXT_INLINE Vec<T> log(Vec<T> x) {
   const Vec<T> log_m = s * Vec<T>(T(2)) + s * s2 * p;
   const Vec<T> result =
       exponent * Vec<T>(Bits::kLn2High) + (log_m + exponent * Vec<T>(Bits::kLn2Low));
-  const Vec<T> of_no_number =
-      select(x != x, x, Vec<T>(-std::numeric_limits<T>::infinity()));
+  const Vec<T> of_no_number = select(x != x, x, Vec<T>(-std::numeric_limits<T>::infinity()));
   return select(x > Vec<T>(T(0)), result, of_no_number);
 }
 
-// How logits are stored: Packed<scalar_t, acc_t> reads and writes as many as a Vec<acc_t> has lanes.
+// How logits are stored: Packed<scalar_t, acc_t> reads and writes as many as a Vec<acc_t> has
+// lanes.
 template <typename scalar_t, typename acc_t>
 struct Packed;
 
@@ -315,12 +315,12 @@ struct Packed<c10::Half, float> {
 #if defined(OE_EXT_AVX512)
   // maskz with a full mask: GCC 12 warns of the other form, which starts from an undefined value.
   OE_EXT_INLINE static Vec<float> load(const c10::Half* p) {
-    return (Vec<float>::Raw)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return (Vec<float>::Raw)_mm512_maskz_cvtph_ps(
+        0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   OE_EXT_INLINE static void store(c10::Half* p, Vec<float> x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_maskz_cvtps_ph(0xffff, (__m512)x.raw,
-                                              _MM_FROUND_TO_NEAREST_INT));
+                        _mm512_maskz_cvtps_ph(0xffff, (__m512)x.raw, _MM_FROUND_TO_NEAREST_INT));
   }
 #elif defined(OE_EXT_AVX2)
   OE_EXT_INLINE static Vec<float> load(const c10::Half* p) {

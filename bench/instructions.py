@@ -1,0 +1,151 @@
+"""Counts the instructions of small calls, and holds them against recorded counts.
+
+Time on a shared machine is noise; what ``valgrind --tool=callgrind`` counts is the same again and
+again. One forward and backward from Python is counted whole: the interpreter, the dispatcher,
+autograd and the kernel, on one thread and, since valgrind knows no AVX-512, with AVX2.
+
+    python bench/instructions.py            # fails where a case takes 5 % more than recorded
+    python bench/instructions.py --record   # rewrites bench/instructions.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from oe_ext import collect_env, outlier_exposure_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "instructions"
+RECORD = ROOT / "bench" / "instructions.json"
+
+CASES = {
+    "384x10 float32": ((384, 10), torch.float32),
+    "384x100 float32": ((384, 100), torch.float32),
+    "32x1000 bfloat16": ((32, 1000), torch.bfloat16),
+    "2x19x32x32 float32": ((2, 19, 32, 32), torch.float32),
+}
+CALLS = 20
+ALLOWED = 1.05
+
+# valgrind's requests are macros, instructions that mean nothing outside of it.
+REQUESTS = r"""
+#include <valgrind/callgrind.h>
+void start(void) { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }
+void stop(const char* name) { CALLGRIND_DUMP_STATS_AT(name); CALLGRIND_STOP_INSTRUMENTATION; }
+"""
+
+
+def count_here() -> None:
+    """In the process under valgrind: runs every case, and has its counts dumped."""
+    requests = ctypes.CDLL(str(BUILD / "requests.so"))
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    gc.disable()
+    for name, (shape, dtype) in CASES.items():
+        logits = torch.randn(shape, dtype=dtype, requires_grad=True)
+        target = torch.randint(-shape[1], shape[1], (shape[0], *shape[2:]))
+
+        def run(calls: int, logits: torch.Tensor = logits, target: torch.Tensor = target) -> None:
+            for _ in range(calls):
+                torch.autograd.grad(outlier_exposure_loss(logits, target), logits)
+
+        run(CALLS)
+        requests.start()
+        run(CALLS)
+        requests.stop(name.encode())
+
+
+def count() -> dict[str, int]:
+    """The instructions of one call of each case."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    for old in BUILD.glob("counts.*"):
+        old.unlink()
+    source = BUILD / "requests.c"
+    source.write_text(REQUESTS)
+    compiler = os.environ.get("CC", "cc")
+    library = BUILD / "requests.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "-q"]
+    command += [f"--callgrind-out-file={BUILD / 'counts'}", sys.executable, __file__, "--here"]
+    environment = os.environ | {"PYTHONHASHSEED": "0", "ATEN_CPU_CAPABILITY": "avx2"}
+    subprocess.run(["setarch", "-R", *command], check=True, env=environment)
+    counts = {}
+    for dump in BUILD.glob("counts.*"):
+        text = dump.read_text()
+        trigger = re.search(r"^desc: Trigger: Client Request: (.+)$", text, re.MULTILINE)
+        if trigger:
+            total = re.search(r"^totals: (\d+)$", text, re.MULTILINE)
+            assert total is not None, dump
+            counts[trigger[1]] = round(int(total[1]) / CALLS)
+    missing = CASES.keys() - counts.keys()
+    if missing:
+        raise RuntimeError(f"callgrind dumped no counts of {', '.join(sorted(missing))}")
+    return counts
+
+
+def environment() -> dict[str, str]:
+    """What the counts depend on beside this project."""
+    return {
+        "machine": platform.machine(),
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        "torch": torch.__version__,
+        "compiler": collect_env.collect().get("built with compiler", "unknown"),
+    }
+
+
+def compare(counts: dict[str, int], recorded: dict[str, int]) -> tuple[list[str], bool]:
+    """A line for each case, and whether none takes more than is allowed."""
+    lines = []
+    is_good = True
+    for name, now in counts.items():
+        before = recorded.get(name)
+        if before is None:
+            lines.append(f"{name:<20} {now:>10}  not recorded: run with --record")
+            is_good = False
+            continue
+        ratio = now / before
+        is_good &= ratio <= ALLOWED
+        verdict = "TOO MANY" if ratio > ALLOWED else ""
+        if ratio < 2 - ALLOWED:
+            verdict = "fewer: worth recording anew"
+        lines.append(f"{name:<20} {now:>10} {before:>10} {100 * (ratio - 1):>+7.1f} %  {verdict}")
+    return lines, is_good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--record", action="store_true", help="rewrite the recorded counts")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.here:
+        count_here()
+        return 0
+    now = environment()
+    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    if not args.record and recorded.get("environment") != now:
+        print(f"not compared: recorded in {recorded.get('environment')}, this is {now}")
+        return 0
+    counts = count()
+    if args.record:
+        RECORD.write_text(json.dumps({"environment": now, "counts": counts}, indent=2) + "\n")
+    lines, is_good = compare(counts, json.loads(RECORD.read_text())["counts"])
+    print(f"{'instructions a call':<20} {'now':>10} {'recorded':>10}")
+    print("\n".join(lines))
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
