@@ -72,20 +72,6 @@ class Scratch {
   std::unique_ptr<T, Delete> data_;
 };
 
-// Asks for large pages for a gradient that is about to be written for the first time: at 4 KiB
-// each, the page faults of a large one cost more than its arithmetic. As NumPy does for its arrays.
-void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (begin + num_bytes) / kHugePage * kHugePage;
-  if (first < end) {
-    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-  }
-#endif
-}
-
 // at::parallel_for as torch itself was compiled, on torch's threads. The header's own runs on one
 // thread where a file is compiled without OpenMP, and on threads of a second OpenMP where it is
 // linked with another one than torch's.
@@ -101,6 +87,40 @@ void parallel_for(int64_t num_tasks, int64_t grain, const Body& body) {
   const AOTITorchError error =
       torch_parallel_for(0, num_tasks, grain, run, const_cast<Body*>(&body));
   TORCH_CHECK(error == 0, "outlier_exposure_loss: a thread of the CPU kernels failed");
+}
+
+// Has the system provide the pages of a large gradient in a few calls. Each would otherwise be a page
+// fault of its own, which costs more than the arithmetic of its 4 KiB. glibc maps whatever is larger
+// than kFreshBytes anew for every allocation, so those pages are known to be missing.
+constexpr int64_t kFreshBytes = int64_t(32) << 20;
+constexpr int64_t kPopulateBytes = int64_t(1) << 20;  // at a time: fits a cache
+
+void populate([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+  constexpr uintptr_t kPage = 4096;
+  const auto first = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
+  const auto end = (reinterpret_cast<uintptr_t>(data) + num_bytes) / kPage * kPage;
+  if (first < end) {
+    // A kernel before Linux 5.14 refuses, and the pages come as they always did.
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_POPULATE_WRITE);
+  }
+#endif
+}
+
+template <typename scalar_t>
+void populate_gradient(scalar_t* grad, int64_t num_elements) {
+  const int64_t num_bytes = num_elements * static_cast<int64_t>(sizeof(scalar_t));
+  if (num_bytes <= kFreshBytes) {
+    return;
+  }
+  parallel_for((num_bytes + kPopulateBytes - 1) / kPopulateBytes, 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t offset = i * kPopulateBytes;
+                   populate(reinterpret_cast<char*>(grad) + offset,
+                            std::min(kPopulateBytes, num_bytes - offset));
+                 }
+               });
 }
 
 // Runs body(begin, end, results) over ranges of tasks and merges the results of all.
@@ -166,8 +186,7 @@ int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
     counts = counted.sums.counts;
   }
   if (args.grad_logits != nullptr) {
-    advise_huge_pages(args.grad_logits,
-                      args.layout.num_rows() * args.layout.num_classes * sizeof(scalar_t));
+    populate_gradient(args.grad_logits, args.layout.num_rows() * args.layout.num_classes);
   }
   const auto run_tile = chosen().kernels->template of<scalar_t>().forward;
   const TaskResult result = for_each_tile<scalar_t, acc_t>(
@@ -185,6 +204,9 @@ template <typename scalar_t, typename acc_t>
 int64_t backward(const BackwardArgs<scalar_t, acc_t>& args) {
   if (args.is_done()) {
     return -1;
+  }
+  if (!args.has_unit_gradient) {
+    populate_gradient(args.grad_logits, args.layout.num_rows() * args.layout.num_classes);
   }
   const auto run_tile = chosen().kernels->template of<scalar_t>().backward;
   return for_each_tile<scalar_t, acc_t>(args.layout, &args.grad_layout,
