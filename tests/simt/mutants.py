@@ -325,13 +325,8 @@ MUTANTS = [
     Mutant(
         "outliers are looked for before ignored rows",
         MATHS,
-        "    if (has_ignore_index && label == ignore_index) {\n      return RowKind::kIgnored;\n"
-        "    }\n    if (has_ood_index ? label == ood_index : label < 0) {\n"
-        "      return RowKind::kOutlier;\n    }",
-        "    if (has_ood_index ? label == ood_index : label < 0) {\n"
-        "      return RowKind::kOutlier;\n    }\n"
-        "    if (has_ignore_index && label == ignore_index) {\n      return RowKind::kIgnored;\n"
-        "    }",
+        "return has_ignore_index & (label == ignore_index);",
+        "return has_ignore_index & (label == ignore_index) & (label >= 0);",
     ),
     Mutant(
         "the mean counts the inliers alone",
