@@ -1,4 +1,4 @@
-// The kernels for every processor of the architecture: SSE2 on x86-64, NEON on AArch64.
+// The kernels for every processor of the architecture: SSE2 on x86-64.
 #include "levels.h"
 
 namespace oe_ext::cpu {
