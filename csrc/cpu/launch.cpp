@@ -89,9 +89,9 @@ void parallel_for(int64_t num_tasks, int64_t grain, const Body& body) {
   TORCH_CHECK(error == 0, "outlier_exposure_loss: a thread of the CPU kernels failed");
 }
 
-// Has the system provide the pages of a large gradient in a few calls. Each would otherwise be a page
-// fault of its own, which costs more than the arithmetic of its 4 KiB. glibc maps whatever is larger
-// than kFreshBytes anew for every allocation, so those pages are known to be missing.
+// Has the system provide the pages of a large gradient in a few calls. Each would otherwise be a
+// page fault of its own, which costs more than the arithmetic of its 4 KiB. glibc maps whatever is
+// larger than kFreshBytes anew for every allocation, so those pages are known to be missing.
 constexpr int64_t kFreshBytes = int64_t(32) << 20;
 constexpr int64_t kPopulateBytes = int64_t(1) << 20;  // at a time: fits a cache
 

@@ -1,5 +1,5 @@
 // One vector register of floats or doubles, as wide as kVectorBytes, in the vector extensions that
-// GCC and clang share: the same source becomes SSE2, AVX2, AVX-512 or NEON.
+// GCC and clang share: the same source becomes SSE2, AVX2 or AVX-512.
 //
 // Included once in each file of kernels, after its instruction set was chosen (levels.h), and all
 // of it internal to that file: two files' Vec<float> are not the same type.
