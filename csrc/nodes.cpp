@@ -3,6 +3,7 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <mutex>
@@ -79,6 +80,7 @@ at::Tensor OutlierExposureLossBackward0::logits_gradient(const at::Tensor& grad,
       !torch::autograd::get_current_graph_task_keep_graph() && !at::GradMode::is_enabled() &&
       !at::isTensorSubclassLike(grad) && !any_tangent(grad, logits, alpha)) {
     at::Tensor gradient = std::move(unit_gradient_);
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
     backward_from_unit_operator().call(gradient, grad, logits, target, row_max, row_sum_exp, counts,
                                        options_.alpha, alpha, options_.reduction,
                                        options_.ignore_index, options_.ood_index);
