@@ -1,10 +1,11 @@
 // The kernels of one tile, for the instruction set of the file that includes this.
 //
-// Contiguous rows of many classes are walked one by one, along the classes ("long rows"). Whatever
-// else comes (pixels, channels_last, few classes, any strides) is laid out in scratch memory as
-// [class][row], in the type of the arithmetic, and walked along the rows. Either way a tile is read
-// from memory once, and its exponentials are computed once: they wait in cache for the sum that
-// they are divided by. Only classes that do not fit (chunk_classes) are read again.
+// Contiguous rows of many classes are walked one by one, along the classes ("long rows"). All
+// others are walked along the rows: pixels where they stand, whatever else comes (channels_last,
+// few classes, any strides) laid out in scratch memory as [class][row], in the type of the
+// arithmetic. Either way a tile is read from memory once, and its exponentials are computed once:
+// they wait in cache for the sum that they are divided by. Only classes that do not fit
+// (chunk_classes) are read again.
 #pragma once
 
 #include "kernels.h"
@@ -254,13 +255,25 @@ void for_each_block(int64_t num_rows, const Walk& walk) {
   }
 }
 
+// Logits [class][row]: of a tensor whose rows are neighbours, or in scratch memory.
+template <typename source_t>
+struct Planes {
+  const source_t* data;
+  int64_t class_stride;
+
+  template <typename acc_t>
+  OE_EXT_INLINE Vec<acc_t> load(int64_t cls, int64_t row) const {
+    return Packed<source_t, acc_t>::load(data + cls * class_stride + row);
+  }
+};
+
 // The maxima of rows, and their logits at the label.
-template <typename acc_t>
+template <typename source_t, typename acc_t>
 struct RaiseMaxima {
   using V = Vec<acc_t>;
   using IntV = IntVec<acc_t>;
   TileRows<acc_t>& rows;
-  const acc_t* scratch;
+  Planes<source_t> logits;
   int64_t first_class;
   int64_t num_classes;
 
@@ -275,11 +288,10 @@ struct RaiseMaxima {
       at_label[j] = V::load(rows.at_label + i);
       label[j] = IntV::load(rows.label + i);
     }
-    const int64_t padded = rows.padded;
     for (int64_t k = 0; k < num_classes; ++k) {
       const auto cls = IntV::broadcast(static_cast<typename IntV::Lane>(first_class + k));
       for (int j = 0; j < kCount; ++j) {
-        const V x = V::load(scratch + k * padded + row + j * V::kSize);
+        const V x = logits.template load<acc_t>(k, row + j * V::kSize);
         max[j] = larger(x, max[j]);
         at_label[j] = select(label[j] == cls, x, at_label[j]);
       }
@@ -292,11 +304,13 @@ struct RaiseMaxima {
 };
 
 // Adds classes to the sums of rows whose maxima are known, in short chains of additions: the error
-// of a sum grows with the longest. kKeepExp leaves the exponentials in the logits' place.
-template <typename acc_t, bool kKeepExp>
+// of a sum grows with the longest. kKeepExp leaves the exponentials in scratch, where the logits
+// may stand.
+template <typename source_t, typename acc_t, bool kKeepExp>
 struct AddClasses {
   using V = Vec<acc_t>;
   TileRows<acc_t>& rows;
+  Planes<source_t> logits;
   acc_t* scratch;
   int64_t num_classes;
 
@@ -317,10 +331,10 @@ struct AddClasses {
       }
       for (int64_t cls = begin; cls < end; ++cls) {
         for (int j = 0; j < kCount; ++j) {
-          acc_t* at = scratch + cls * padded + row + j * V::kSize;
-          const V exp_shifted = part[j].add(V::load(at));
+          const int64_t i = row + j * V::kSize;
+          const V exp_shifted = part[j].add(logits.template load<acc_t>(cls, i));
           if (kKeepExp) {
-            exp_shifted.store(at);
+            exp_shifted.store(scratch + cls * padded + i);
           }
         }
       }
@@ -592,7 +606,7 @@ OE_EXT_INLINE void store_rows(acc_t* values, const TileRows<acc_t>& rows, int64_
 // Writes the outputs of the rows, adds their losses, and readies what their gradients need. As
 // ForwardArgs::write_row and row_gradient, for many rows at once.
 template <typename scalar_t, typename acc_t>
-void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
+void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling, GroupCounts counts,
                  TileRows<acc_t>& rows, GroupSums& sums) {
   using V = Vec<acc_t>;
   using IntV = IntVec<acc_t>;
@@ -641,7 +655,9 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
 
     if (args.grad_logits != nullptr) {
       select(counts_for_loss, label, IntV::broadcast(kInactiveLane)).store(rows.label + i);
-      exp(at_label - stats.max).store(rows.exp_at_label + i);
+      if (tiling.long_rows) {
+        exp(at_label - stats.max).store(rows.exp_at_label + i);
+      }
       (V(acc_t(1)) / stats.sum_exp).store(rows.inverse_sum + i);
       (weight / select(is_outlier, outlier_divisor, inlier_divisor)).store(rows.scale + i);
       select(is_outlier, V(acc_t(1)) / num_classes, zero).store(rows.uniform + i);
@@ -705,7 +721,7 @@ void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
       rows.at_label[i] = static_cast<acc_t>(row[args.labels[rows.first + i]]);
     }
   }
-  finish_rows(args, counts, rows, sums);
+  finish_rows(args, tiling, counts, rows, sums);
   if (args.grad_logits == nullptr) {
     return;
   }
@@ -724,38 +740,79 @@ void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
   }
 }
 
+// The maxima and the sums of a tile whose logits planes(first class, number of classes) brings.
+// Where all fit in scratch, their exponentials are left there, if a gradient needs them.
+template <typename scalar_t, typename acc_t, typename MakePlanes>
+void add_tile(const ForwardArgs<scalar_t, acc_t>& args, int64_t chunk, const MakePlanes& planes,
+              acc_t* scratch, TileRows<acc_t>& rows) {
+  using source_t = typename MakePlanes::Source;
+  const int64_t num_classes = args.layout.num_classes;
+  for (int64_t cls = 0; cls < num_classes; cls += chunk) {
+    const int64_t size = std::min(chunk, num_classes - cls);
+    for_each_block<acc_t>(rows.padded,
+                          RaiseMaxima<source_t, acc_t>{rows, planes(cls, size), cls, size});
+  }
+  const bool keep_exp = chunk == num_classes && args.grad_logits != nullptr;
+  for (int64_t cls = 0; cls < num_classes; cls += chunk) {
+    const int64_t size = std::min(chunk, num_classes - cls);
+    const Planes<source_t> source = chunk == num_classes ? planes.again() : planes(cls, size);
+    if (keep_exp) {
+      for_each_block<acc_t>(rows.padded,
+                            AddClasses<source_t, acc_t, true>{rows, source, scratch, size});
+    } else {
+      for_each_block<acc_t>(rows.padded,
+                            AddClasses<source_t, acc_t, false>{rows, source, scratch, size});
+    }
+  }
+}
+
+// Logits where they stand.
+template <typename scalar_t>
+struct PlanesOfTensor {
+  using Source = scalar_t;
+  TileView<const scalar_t> logits;
+
+  Planes<Source> operator()(int64_t first_class, int64_t) const {
+    return {logits.from_class(first_class).data, logits.class_stride};
+  }
+  Planes<Source> again() const { return (*this)(0, 0); }
+};
+
+// Logits that are brought to scratch.
+template <typename scalar_t, typename acc_t>
+struct PlanesInScratch {
+  using Source = acc_t;
+  TileView<const scalar_t> logits;
+  const TileRows<acc_t>& rows;
+  acc_t* scratch;
+
+  Planes<Source> operator()(int64_t first_class, int64_t num_classes) const {
+    gather(logits.from_class(first_class), num_classes, rows, scratch);
+    return again();
+  }
+  Planes<Source> again() const { return {scratch, rows.padded}; }
+};
+
 template <typename scalar_t, typename acc_t>
 void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                         GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows,
                         GroupSums& sums) {
   const int64_t num_classes = args.layout.num_classes;
   const int64_t chunk = tiling.chunk_classes;
-  const bool fits = chunk == num_classes;
   const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
-  for (int64_t cls = 0; cls < num_classes; cls += chunk) {
-    const int64_t size = std::min(chunk, num_classes - cls);
-    gather(logits.from_class(cls), size, rows, scratch);
-    for_each_block<acc_t>(rows.padded, RaiseMaxima<acc_t>{rows, scratch, cls, size});
+  if (logits.row_stride == 1 && rows.size == rows.padded) {
+    add_tile(args, chunk, PlanesOfTensor<scalar_t>{logits}, scratch, rows);
+  } else {
+    add_tile(args, chunk, PlanesInScratch<scalar_t, acc_t>{logits, rows, scratch}, scratch, rows);
   }
-  for (int64_t cls = 0; cls < num_classes; cls += chunk) {
-    const int64_t size = std::min(chunk, num_classes - cls);
-    if (!fits) {
-      gather(logits.from_class(cls), size, rows, scratch);
-    }
-    if (fits && args.grad_logits != nullptr) {
-      for_each_block<acc_t>(rows.padded, AddClasses<acc_t, true>{rows, scratch, size});
-    } else {
-      for_each_block<acc_t>(rows.padded, AddClasses<acc_t, false>{rows, scratch, size});
-    }
-  }
-  finish_rows(args, counts, rows, sums);
+  finish_rows(args, tiling, counts, rows, sums);
   if (args.grad_logits == nullptr) {
     return;
   }
   const TileView<scalar_t> grad(args.grad_logits, args.grad_layout, rows.first);
   for (int64_t cls = 0; cls < num_classes; cls += chunk) {
     const int64_t size = std::min(chunk, num_classes - cls);
-    if (fits) {
+    if (chunk == num_classes) {
       write_gradients<true>(rows, scratch, cls, size, grad);
     } else {
       gather(logits.from_class(cls), size, rows, scratch);
