@@ -81,16 +81,18 @@ int64_t first_bad_row(const Label* labels, const LabelRule& rule, int64_t begin,
   return begin < end ? begin : -1;
 }
 
-// Returns the first row with an illegal label, or -1.
+// Fills the lanes of the labels. Returns how many rows count, or the first with an illegal label.
 template <typename Label, typename acc_t>
-int64_t read_labels_of(const Label* labels, const LabelRule& rule_of_labels,
-                       TileRows<acc_t>& rows) {
+TaskResult read_labels_of(const Label* labels, const LabelRule& rule_of_labels,
+                          TileRows<acc_t>& rows) {
   using Lane = typename TileRows<acc_t>::Lane;
   const LabelRule rule = rule_of_labels;
   const int64_t size = rows.size;
   // Two simple loops, in integers: GCC vectorises either, but neither both in one nor a choice.
   int64_t wide[kMaxTileRows];
-  int64_t legal = 0;
+  int64_t inliers = 0;
+  int64_t outliers = 0;
+  int64_t num_ignored = 0;
   for (int64_t i = 0; i < size; ++i) {
     const int64_t label = labels[rows.first + i];
     const int64_t inlier = rule.is_inlier(label);
@@ -98,7 +100,9 @@ int64_t read_labels_of(const Label* labels, const LabelRule& rule_of_labels,
     const int64_t ignored = rule.is_ignored(label);
     static_assert(kOutlierLane == kInactiveLane + 1);
     wide[i] = (label & -inlier) | ((kInactiveLane + outlier) & (inlier - 1));
-    legal += inlier + outlier + ignored;
+    inliers += inlier;
+    outliers += outlier;
+    num_ignored += ignored;
   }
   constexpr int64_t kLargest = std::numeric_limits<Lane>::max();
   for (int64_t i = 0; i < size; ++i) {
@@ -107,11 +111,17 @@ int64_t read_labels_of(const Label* labels, const LabelRule& rule_of_labels,
   for (int64_t i = rows.size; i < rows.padded; ++i) {
     rows.label[i] = kInactiveLane;
   }
-  return legal < size ? first_bad_row(labels, rule, rows.first, rows.first + size) : -1;
+  TaskResult result;
+  result.sums.counts.inliers = inliers;
+  result.sums.counts.outliers = outliers;
+  if (inliers + outliers + num_ignored < size) {
+    result.bad_row = first_bad_row(labels, rule, rows.first, rows.first + size);
+  }
+  return result;
 }
 
 template <typename acc_t>
-int64_t read_labels(const Labels& labels, TileRows<acc_t>& rows) {
+TaskResult read_labels(const Labels& labels, TileRows<acc_t>& rows) {
   OE_EXT_WITH_LABELS(labels, read_labels_of, labels.rule, rows);
 }
 
@@ -369,6 +379,7 @@ struct MakeGradients {
     V scale[kCount];
     V uniform[kCount];
     IntV label[kCount];
+    Mask<acc_t> is_active[kCount];
     for (int j = 0; j < kCount; ++j) {
       const int64_t i = row + j * V::kSize;
       max[j] = V::load(rows.max + i);
@@ -376,6 +387,7 @@ struct MakeGradients {
       scale[j] = V::load(rows.scale + i);
       uniform[j] = V::load(rows.uniform + i);
       label[j] = IntV::load(rows.label + i);
+      is_active[j] = label[j] != IntV::broadcast(kInactiveLane);
     }
     const int64_t padded = rows.padded;
     for (int64_t k = 0; k < num_classes; ++k) {
@@ -387,8 +399,7 @@ struct MakeGradients {
         const V exp_shifted = kFromExp ? stored : exp(stored - max[j]);
         const V q = select(label[j] == cls, V(acc_t(1)), uniform[j]);
         const V gradient =
-            select(label[j] != IntV::broadcast(kInactiveLane),
-                   logit_gradient(exp_shifted, inverse_sum[j], q, scale[j]), V(acc_t(0)));
+            zero_unless(is_active[j], logit_gradient(exp_shifted, inverse_sum[j], q, scale[j]));
         if (kToPlanes) {
           Packed<scalar_t, acc_t>::store(grad.data + k * grad.class_stride + i, gradient);
         } else {
@@ -826,14 +837,9 @@ TaskResult forward_tile(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
                         int64_t tile, GroupCounts counts, acc_t* scratch) {
   TileRows<acc_t> rows;
   begin_tile(tiling, tile, rows);
-  TaskResult result;
-  result.bad_row = read_labels(args.labels, rows);
+  TaskResult result = read_labels(args.labels, rows);
   if (result.bad_row >= 0) {
     return result;
-  }
-  for (int64_t i = 0; i < rows.size; ++i) {
-    result.sums.counts.inliers += rows.label[i] >= 0;
-    result.sums.counts.outliers += rows.label[i] == kOutlierLane;
   }
   if (tiling.long_rows) {
     forward_long_rows(args, tiling, counts, scratch, rows, result.sums);
@@ -848,8 +854,7 @@ TaskResult backward_tile(const BackwardArgs<scalar_t, acc_t>& args, const Tiling
                          int64_t tile, acc_t* scratch) {
   TileRows<acc_t> rows;
   begin_tile(tiling, tile, rows);
-  TaskResult result;
-  result.bad_row = read_labels(args.labels, rows);
+  TaskResult result = read_labels(args.labels, rows);
   if (result.bad_row >= 0) {
     return result;
   }
