@@ -147,7 +147,7 @@ TORCH_LIBRARY_IMPL(oe_ext, Autograd, m) {
   m.impl("outlier_exposure_loss.tensor_alpha", TORCH_FN(loss_tensor_alpha_autograd));
   m.impl("_outlier_exposure_loss_forward", TORCH_FN(forward_autograd));
   m.impl("_outlier_exposure_loss_backward", TORCH_FN(backward_autograd));
-  // Called by a node alone, with no graph to record.
+  // The node calls it below autograd. Whoever else calls it is told that it records no graph.
   m.impl("_outlier_exposure_loss_backward_from_unit",
          torch::autograd::autogradNotImplementedFallback());
 }

@@ -1,11 +1,11 @@
 // The kernels of one tile, for the instruction set of the file that includes this.
 //
 // Contiguous rows of many classes are walked one by one, along the classes ("long rows"). All
-// others are walked along the rows: pixels where they stand, whatever else comes (channels_last,
-// few classes, any strides) laid out in scratch memory as [class][row], in the type of the
-// arithmetic. Either way a tile is read from memory once, and its exponentials are computed once:
-// they wait in cache for the sum that they are divided by. Only classes that do not fit
-// (chunk_classes) are read again.
+// others are walked along the rows. The forward reads pixels where they stand; whatever else comes
+// (channels_last, few classes, any strides), and all that the backward reads, is laid out in
+// scratch memory as [class][row] first, in the type of the arithmetic. Either way a tile is read
+// from memory once, and its exponentials are computed once: they wait in cache for the sum that
+// they are divided by. Only classes that do not fit (chunk_classes) are read again.
 #pragma once
 
 #include "kernels.h"
@@ -81,6 +81,19 @@ int64_t first_bad_row(const Label* labels, const LabelRule& rule, int64_t begin,
   return begin < end ? begin : -1;
 }
 
+// What was counted in the rows [begin, end), and the first illegal label where the kinds do not add
+// up.
+template <typename Label>
+TaskResult counted(const Label* labels, const LabelRule& rule, int64_t begin, int64_t end,
+                   int64_t inliers, int64_t outliers, int64_t ignored) {
+  TaskResult result;
+  result.sums.counts.inliers = inliers;
+  result.sums.counts.outliers = outliers;
+  const bool all_legal = inliers + outliers + ignored == end - begin;
+  result.bad_row = all_legal ? -1 : first_bad_row(labels, rule, begin, end);
+  return result;
+}
+
 // Fills the lanes of the labels. Returns how many rows count, or the first with an illegal label.
 template <typename Label, typename acc_t>
 TaskResult read_labels_of(const Label* labels, const LabelRule& rule_of_labels,
@@ -111,13 +124,7 @@ TaskResult read_labels_of(const Label* labels, const LabelRule& rule_of_labels,
   for (int64_t i = rows.size; i < rows.padded; ++i) {
     rows.label[i] = kInactiveLane;
   }
-  TaskResult result;
-  result.sums.counts.inliers = inliers;
-  result.sums.counts.outliers = outliers;
-  if (inliers + outliers + num_ignored < size) {
-    result.bad_row = first_bad_row(labels, rule, rows.first, rows.first + size);
-  }
-  return result;
+  return counted(labels, rule, rows.first, rows.first + size, inliers, outliers, num_ignored);
 }
 
 template <typename acc_t>
@@ -137,12 +144,7 @@ TaskResult count_rows_of(const Label* labels, const LabelRule& rule_of_labels, i
     outliers += rule.is_outlier(labels[row]);
     ignored += rule.is_ignored(labels[row]);
   }
-  TaskResult result;
-  result.sums.counts.inliers = inliers;
-  result.sums.counts.outliers = outliers;
-  const bool all_legal = inliers + outliers + ignored == end - begin;
-  result.bad_row = all_legal ? -1 : first_bad_row(labels, rule, begin, end);
-  return result;
+  return counted(labels, rule, begin, end, inliers, outliers, ignored);
 }
 
 TaskResult count_rows(const Labels& labels, int64_t begin, int64_t end) {
@@ -686,6 +688,10 @@ void begin_tile(const Tiling& tiling, int64_t tile, TileRows<acc_t>& rows) {
   rows.first = tiling.begin(tile);
   rows.size = tiling.size(tile);
   rows.padded = (rows.size + kSize - 1) / kSize * kSize;
+}
+
+template <typename acc_t>
+void clear_sums(TileRows<acc_t>& rows) {
   for (int64_t i = 0; i < rows.padded; ++i) {
     rows.max[i] = std::numeric_limits<acc_t>::lowest();
     rows.sum_exp[i] = 0;
@@ -805,7 +811,7 @@ struct PlanesInScratch {
 };
 
 template <typename scalar_t, typename acc_t>
-void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
+void forward_along_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                         GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows,
                         GroupSums& sums) {
   const int64_t num_classes = args.layout.num_classes;
@@ -841,10 +847,11 @@ TaskResult forward_tile(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
   if (result.bad_row >= 0) {
     return result;
   }
+  clear_sums(rows);
   if (tiling.long_rows) {
     forward_long_rows(args, tiling, counts, scratch, rows, result.sums);
   } else {
-    forward_in_scratch(args, tiling, counts, scratch, rows, result.sums);
+    forward_along_rows(args, tiling, counts, scratch, rows, result.sums);
   }
   return result;
 }

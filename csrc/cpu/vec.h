@@ -93,7 +93,7 @@ OE_EXT_INLINE Vec<T> select(Mask<T> mask, Vec<T> if_true, Vec<T> if_false) {
   return mask.raw ? if_true.raw : if_false.raw;
 }
 
-// x where the mask is set, else 0: one instruction, where the mask of a select would be made anew.
+// x where the mask is set, else 0. With AVX2 the mask of a select in a loop would be made anew.
 template <typename T>
 OE_EXT_INLINE Vec<T> zero_unless(Mask<T> mask, Vec<T> x) {
   return Vec<T>((typename Vec<T>::Raw)(mask.raw & (typename IntVec<T>::Raw)x.raw));
