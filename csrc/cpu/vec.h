@@ -104,7 +104,39 @@ OE_EXT_INLINE IntVec<T> select(Mask<T> mask, IntVec<T> if_true, IntVec<T> if_fal
   return {mask.raw ? if_true.raw : if_false.raw};
 }
 
-// The larger, or smaller, one; b where either is NaN. One instruction on x86, by this very rule.
+template <typename T>
+OE_EXT_INLINE bool any_lane(Mask<T> mask) {
+  typename IntVec<T>::Lane any = 0;
+  for (int i = 0; i < Vec<T>::kSize; ++i) {
+    any |= mask.raw[i];
+  }
+  return any != 0;
+}
+
+// The larger, or smaller, one; b where either is NaN. That is how x86 defines its instruction, but
+// GCC compares and blends.
+#if defined(__x86_64__)
+#if defined(OE_EXT_AVX512)
+#define OE_EXT_X86(operation, suffix, a, b) _mm512_maskz_##operation##_##suffix(-1, a, b)
+#elif defined(OE_EXT_AVX2)
+#define OE_EXT_X86(operation, suffix, a, b) _mm256_##operation##_##suffix(a, b)
+#else
+#define OE_EXT_X86(operation, suffix, a, b) _mm_##operation##_##suffix(a, b)
+#endif
+OE_EXT_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) {
+  return OE_EXT_X86(max, ps, a.raw, b.raw);
+}
+OE_EXT_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) {
+  return OE_EXT_X86(max, pd, a.raw, b.raw);
+}
+OE_EXT_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) {
+  return OE_EXT_X86(min, ps, a.raw, b.raw);
+}
+OE_EXT_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) {
+  return OE_EXT_X86(min, pd, a.raw, b.raw);
+}
+#undef OE_EXT_X86
+#else
 template <typename T>
 OE_EXT_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
   return select(a > b, a, b);
@@ -114,6 +146,7 @@ template <typename T>
 OE_EXT_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
   return select(a < b, a, b);
 }
+#endif
 
 // Folds the upper half of a vector onto the lower one, until one lane is left.
 template <bool kLargest, typename T, int kBytes>
