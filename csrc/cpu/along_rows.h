@@ -46,6 +46,7 @@ struct RaiseMaxima {
 
   template <int kCount>
   OE_EXT_INLINE void run(int64_t row) const {
+    const Planes<source_t> from = logits;
     V max[kCount];
     V at_label[kCount];
     IntV label[kCount];
@@ -58,7 +59,7 @@ struct RaiseMaxima {
     for (int64_t k = 0; k < num_classes; ++k) {
       const auto cls = IntV::broadcast(static_cast<typename IntV::Lane>(first_class + k));
       for (int j = 0; j < kCount; ++j) {
-        const V x = logits.template load<acc_t>(k, row + j * V::kSize);
+        const V x = from.template load<acc_t>(k, row + j * V::kSize);
         max[j] = larger(x, max[j]);
         at_label[j] = select(label[j] == cls, x, at_label[j]);
       }
@@ -89,6 +90,9 @@ struct AddClasses {
       total[j].sum_exp = V::load(rows.sum_exp + row + j * V::kSize);
       total[j].sum_shifted = V::load(rows.sum_shifted + row + j * V::kSize);
     }
+    // Copies: for all the compiler knows, the stores below change the members.
+    const Planes<source_t> from = logits;
+    acc_t* const exps = scratch;
     const int64_t padded = rows.padded;
     for (int64_t begin = 0; begin < num_classes; begin += kClassBlock) {
       const int64_t end = std::min(begin + kClassBlock, num_classes);
@@ -99,9 +103,9 @@ struct AddClasses {
       for (int64_t cls = begin; cls < end; ++cls) {
         for (int j = 0; j < kCount; ++j) {
           const int64_t i = row + j * V::kSize;
-          const V exp_shifted = part[j].add(logits.template load<acc_t>(cls, i));
+          const V exp_shifted = part[j].add(from.template load<acc_t>(cls, i));
           if (kKeepExp) {
-            exp_shifted.store(scratch + cls * padded + i);
+            exp_shifted.store(exps + cls * padded + i);
           }
         }
       }
@@ -131,12 +135,27 @@ struct MakeGradients {
 
   template <int kCount>
   OE_EXT_INLINE void run(int64_t row) const {
+    // In most blocks every row counts, and the mask is an eighth of the work.
+    Mask<acc_t> is_inactive = IntV::load(rows.label + row) == IntV::broadcast(kInactiveLane);
+    for (int j = 1; j < kCount; ++j) {
+      is_inactive = is_inactive |
+                    (IntV::load(rows.label + row + j * V::kSize) == IntV::broadcast(kInactiveLane));
+    }
+    if (any_lane(is_inactive)) {
+      run_block<kCount, true>(row);
+    } else {
+      run_block<kCount, false>(row);
+    }
+  }
+
+ private:
+  template <int kCount, bool kMasked>
+  OE_EXT_INLINE void run_block(int64_t row) const {
     V max[kCount];
     V inverse_sum[kCount];
     V scale[kCount];
     V uniform[kCount];
     IntV label[kCount];
-    Mask<acc_t> is_active[kCount];
     for (int j = 0; j < kCount; ++j) {
       const int64_t i = row + j * V::kSize;
       max[j] = V::load(rows.max + i);
@@ -144,21 +163,27 @@ struct MakeGradients {
       scale[j] = V::load(rows.scale + i);
       uniform[j] = V::load(rows.uniform + i);
       label[j] = IntV::load(rows.label + i);
-      is_active[j] = label[j] != IntV::broadcast(kInactiveLane);
     }
+    // Copies: for all the compiler knows, the stores below change the members.
+    const TileView<scalar_t> to = grad;
+    acc_t* const from = scratch;
     const int64_t padded = rows.padded;
-    for (int64_t k = 0; k < num_classes; ++k) {
-      const auto cls = IntV::broadcast(static_cast<typename IntV::Lane>(first_class + k));
+    const int64_t end = num_classes;
+    const auto offset = static_cast<typename IntV::Lane>(first_class);
+    for (int64_t k = 0; k < end; ++k) {
+      const auto cls = IntV::broadcast(offset + static_cast<typename IntV::Lane>(k));
       for (int j = 0; j < kCount; ++j) {
         const int64_t i = row + j * V::kSize;
-        acc_t* at = scratch + k * padded + i;
+        acc_t* at = from + k * padded + i;
         const V stored = V::load(at);
         const V exp_shifted = kFromExp ? stored : exp(stored - max[j]);
         const V q = select(label[j] == cls, V(acc_t(1)), uniform[j]);
-        const V gradient =
-            zero_unless(is_active[j], logit_gradient(exp_shifted, inverse_sum[j], q, scale[j]));
+        V gradient = logit_gradient(exp_shifted, inverse_sum[j], q, scale[j]);
+        if (kMasked) {
+          gradient = zero_unless(label[j] != IntV::broadcast(kInactiveLane), gradient);
+        }
         if (kToPlanes) {
-          Packed<scalar_t, acc_t>::store(grad.data + k * grad.class_stride + i, gradient);
+          Packed<scalar_t, acc_t>::store(to.data + k * to.class_stride + i, gradient);
         } else {
           gradient.store(at);
         }

@@ -70,6 +70,9 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
       static_cast<acc_t>(reduction_divisor(args.reduction, RowKind::kInlier, counts));
   const V outlier_divisor =
       static_cast<acc_t>(reduction_divisor(args.reduction, RowKind::kOutlier, counts));
+  const bool one_alpha = args.alpha.values.data == nullptr;
+  const V one_alpha_scale = V(args.alpha.value) / outlier_divisor;
+  const V inlier_scale = V(acc_t(1)) / inlier_divisor;
   LaneSums<acc_t> inliers;
   LaneSums<acc_t> outliers;
   for (int64_t i = 0; i < rows.padded; i += V::kSize) {
@@ -77,7 +80,7 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
     const Mask<acc_t> is_inlier = label >= IntV::broadcast(0);
     const Mask<acc_t> is_outlier = label == IntV::broadcast(kOutlierLane);
     V alpha = args.alpha.value;
-    if (args.alpha.values.data != nullptr) {
+    if (!one_alpha) {
       acc_t lanes[V::kSize];
       for (int64_t j = 0; j < V::kSize; ++j) {
         lanes[j] = args.alpha.values[rows.first + std::min(i + j, rows.size - 1)];
@@ -113,7 +116,8 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
         exp(at_label - stats.max).store(rows.exp_at_label + i);
       }
       (V(acc_t(1)) / stats.sum_exp).store(rows.inverse_sum + i);
-      (weight / select(is_outlier, outlier_divisor, inlier_divisor)).store(rows.scale + i);
+      const V outlier_scale = one_alpha ? one_alpha_scale : alpha / outlier_divisor;
+      select(is_outlier, outlier_scale, inlier_scale).store(rows.scale + i);
       select(is_outlier, V(acc_t(1)) / num_classes, zero).store(rows.uniform + i);
     }
   }

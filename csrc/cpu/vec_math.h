@@ -119,7 +119,8 @@ OE_EXT_INLINE Vec<T> exp(Vec<T> x) {
   for (int i = kTerms - 2; i >= 0; --i) {
     p = p * r + Vec<T>(Bits::kExp[i]);
   }
-  return power.times((p * r) * r + r + Vec<T>(T(1)));
+  p = p * r + Vec<T>(T(1));
+  return power.times(p * r + Vec<T>(T(1)));
 }
 
 // log(x) of 0, of a positive normal number, or of NaN, to about one unit in the last place.
