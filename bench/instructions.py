@@ -6,6 +6,7 @@ autograd and the kernel, on one thread and, since valgrind knows no AVX-512, wit
 
     python bench/instructions.py            # fails where a case takes 5 % more than recorded
     python bench/instructions.py --record   # rewrites bench/instructions.json
+    python bench/instructions.py --slopes   # what one more logit, or one more pixel, takes
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -35,6 +37,16 @@ CASES = {
     "32x1000 bfloat16": ((32, 1000), torch.bfloat16),
     "2x19x32x32 float32": ((2, 19, 32, 32), torch.float32),
 }
+# Pairs of calls that differ in nothing but their size: what the larger takes beyond the smaller,
+# over the logits (or positions) that it has beyond it.
+SLOPES = {
+    "a logit of a long row": ((64, 2000), (64, 4000), 1),
+    "a logit of 150-class pixels": ((1, 150, 64, 64), (1, 150, 64, 128), 1),
+    "a logit of 19-class pixels": ((1, 19, 64, 64), (1, 19, 64, 128), 1),
+    "a 2-class pixel": ((8, 2, 64, 64), (8, 2, 64, 128), 2),
+    "a row of 10 classes": ((384, 10), (768, 10), 10),
+}
+SLOPE_CASES = {str(shape): (shape, torch.float32) for pair in SLOPES.values() for shape in pair[:2]}
 CALLS = 20
 ALLOWED = 1.05
 
@@ -46,13 +58,16 @@ void stop(const char* name) { CALLGRIND_DUMP_STATS_AT(name); CALLGRIND_STOP_INST
 """
 
 
-def count_here() -> None:
+Cases = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def count_here(cases: Cases) -> None:
     """In the process under valgrind: runs every case, and has its counts dumped."""
     requests = ctypes.CDLL(str(BUILD / "requests.so"))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     gc.disable()
-    for name, (shape, dtype) in CASES.items():
+    for name, (shape, dtype) in cases.items():
         logits = torch.randn(shape, dtype=dtype, requires_grad=True)
         target = torch.randint(-shape[1], shape[1], (shape[0], *shape[2:]))
 
@@ -66,7 +81,7 @@ def count_here() -> None:
         requests.stop(name.encode())
 
 
-def count() -> dict[str, int]:
+def count(cases: Cases, here: str) -> dict[str, int]:
     """The instructions of one call of each case."""
     BUILD.mkdir(parents=True, exist_ok=True)
     for old in BUILD.glob("counts.*"):
@@ -77,7 +92,7 @@ def count() -> dict[str, int]:
     library = BUILD / "requests.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
     command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "-q"]
-    command += [f"--callgrind-out-file={BUILD / 'counts'}", sys.executable, __file__, "--here"]
+    command += [f"--callgrind-out-file={BUILD / 'counts'}", sys.executable, __file__, here]
     environment = os.environ | {"PYTHONHASHSEED": "0", "ATEN_CPU_CAPABILITY": "avx2"}
     subprocess.run(["setarch", "-R", *command], check=True, env=environment)
     counts = {}
@@ -88,7 +103,7 @@ def count() -> dict[str, int]:
             total = re.search(r"^totals: (\d+)$", text, re.MULTILINE)
             assert total is not None, dump
             counts[trigger[1]] = round(int(total[1]) / CALLS)
-    missing = CASES.keys() - counts.keys()
+    missing = cases.keys() - counts.keys()
     if missing:
         raise RuntimeError(f"callgrind dumped no counts of {', '.join(sorted(missing))}")
     return counts
@@ -123,22 +138,37 @@ def compare(counts: dict[str, int], recorded: dict[str, int]) -> tuple[list[str]
     return lines, is_good
 
 
+def slopes() -> list[str]:
+    """A row of a table for each pair."""
+    counts = count(SLOPE_CASES, "--slopes-here")
+    lines = ["| one more | instructions |", "| --- | --- |"]
+    for name, (small, large, divisor) in SLOPES.items():
+        more = counts[str(large)] - counts[str(small)]
+        lines.append(f"| {name} | {more * divisor / (math.prod(large) - math.prod(small)):.2f} |")
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--record", action="store_true", help="rewrite the recorded counts")
+    parser.add_argument("--slopes", action="store_true", help="what more logits take, as a table")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--slopes-here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.here:
-        count_here()
+    if args.here or args.slopes_here:
+        count_here(CASES if args.here else SLOPE_CASES)
+        return 0
+    if args.slopes:
+        print("\n".join(slopes()))
         return 0
     now = environment()
     recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     if not args.record and recorded.get("environment") != now:
         print(f"not compared: recorded in {recorded.get('environment')}, this is {now}")
         return 0
-    counts = count()
+    counts = count(CASES, "--here")
     if args.record:
         RECORD.write_text(json.dumps({"environment": now, "counts": counts}, indent=2) + "\n")
     lines, is_good = compare(counts, json.loads(RECORD.read_text())["counts"])
