@@ -10,7 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["outlier_exposure_loss"]
+__all__ = ["inliers_and_outliers", "outlier_exposure_loss"]
+
+
+def inliers_and_outliers(
+    target: Tensor, ignore_index: int | None, ood_index: int | None
+) -> tuple[Tensor, Tensor]:
+    """Two masks of the shape of ``target``: which positions are inliers, and which outliers. The
+    others are ignored. Labels are not checked."""
+    labels = target.long()
+    marked = labels < 0 if ood_index is None else labels == ood_index
+    if ignore_index is None:
+        return ~marked, marked
+    counted = labels != ignore_index
+    return counted & ~marked, counted & marked
 
 
 def outlier_exposure_loss(
@@ -26,10 +39,7 @@ def outlier_exposure_loss(
     of the logits (float32 for half types). Inputs are not checked."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     labels = target.long()
-    ignored = labels == ignore_index if ignore_index is not None else torch.zeros_like(labels) > 0
-    marked = labels < 0 if ood_index is None else labels == ood_index
-    outlier = marked & ~ignored
-    inlier = ~marked & ~ignored
+    inlier, outlier = inliers_and_outliers(target, ignore_index, ood_index)
 
     alpha = torch.as_tensor(alpha, dtype=dtype, device=logits.device).expand(labels.shape)
     weight = torch.where(outlier, alpha, inlier.to(dtype))

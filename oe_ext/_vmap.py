@@ -1,0 +1,214 @@
+"""Batching rules: what ``torch.vmap`` makes of the operators.
+
+The batch joins the rows, which are independent of each other: one call of the operator with the
+reduction "none", and a sum for each sample. Importing this module registers the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oe_ext.reference import inliers_and_outliers
+
+_LOSS = torch.ops.oe_ext.outlier_exposure_loss
+_FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward.default
+_BACKWARD = torch.ops.oe_ext._outlier_exposure_loss_backward.default
+
+
+def _batch_first(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
+    return tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+class _Batch:
+    """Inputs of the loss with the batch in front: as they are, and with the batch in the rows."""
+
+    def __init__(
+        self,
+        batch_size: int,
+        logits: tuple[Tensor, int | None],
+        target: tuple[Tensor, int | None],
+        alpha: tuple[Tensor | None, int | None],
+        ignore_index: int | None,
+        ood_index: int | None,
+    ) -> None:
+        self.size = batch_size
+        self.logits = self.rows(*logits)
+        batched_target = _batch_first(*target, batch_size)
+        self.shape = batched_target.shape
+        self.target = batched_target.flatten(0, 1)
+        self.alpha: Tensor | None = None
+        if alpha[0] is not None:
+            weight = _batch_first(alpha[0], alpha[1], batch_size)
+            missing = len(self.shape) - weight.dim()
+            weight = weight.reshape(batch_size, *[1] * missing, *weight.shape[1:])
+            self.alpha = weight.expand(self.shape).flatten(0, 1)
+        inlier, outlier = inliers_and_outliers(batched_target, ignore_index, ood_index)
+        self.inlier, self.outlier = inlier.flatten(1), outlier.flatten(1)
+
+    def rows(self, tensor: Tensor, dim: int | None) -> Tensor:
+        return _batch_first(tensor, dim, self.size).flatten(0, 1)
+
+    def samples(self, rows: Tensor) -> Tensor:
+        """The inverse of rows()."""
+        return rows.reshape(*self.shape[:2], *rows.shape[1:])
+
+    def counts(self) -> Tensor:
+        """Inliers and outliers of each sample: [batch, 2], int64."""
+        return torch.stack([self.inlier.sum(1), self.outlier.sum(1)], dim=1)
+
+    def divisors(self, reduction: str, counts: Tensor) -> Tensor:
+        """What the loss of each position is divided by; [batch, positions], or broadcast to it."""
+        if reduction == "sum":
+            return torch.ones_like(counts[:, :1])
+        if reduction == "mean":
+            return counts.sum(1, keepdim=True)
+        return torch.where(self.outlier, counts[:, 1:], counts[:, :1])
+
+    def reduce(self, row_loss: Tensor, reduction: str) -> Tensor:
+        """The losses of the samples, from those of all rows."""
+        if reduction == "none":
+            return self.samples(row_loss)
+        divisors = self.divisors(reduction, self.counts())
+        if self.outlier.size(1) > 0 or reduction != "mean":
+            divisors = divisors.clamp(min=1)  # 0 where all are ignored, NaN where there is nothing
+        else:
+            return row_loss.new_full((self.size,), float("nan"))
+        terms = self.samples(row_loss).flatten(1).double() / divisors
+        return terms.sum(1).to(row_loss.dtype)
+
+
+def _check_reduction(reduction: str, logits: Tensor, target: Tensor) -> None:
+    """The operator itself says what is wrong with a reduction, of no rows at all."""
+    if reduction not in ("none", "sum", "mean", "group_mean"):
+        _LOSS.default(logits[:0], target[:0], 0.0, reduction)
+
+
+def _loss_rule(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    logits: Tensor,
+    target: Tensor,
+    alpha: float | Tensor = 0.5,
+    reduction: str = "mean",
+    *,
+    ignore_index: int | None = None,
+    ood_index: int | None = None,
+) -> tuple[Tensor, int]:
+    is_tensor = isinstance(alpha, Tensor)
+    batch = _Batch(
+        info.batch_size,
+        (logits, in_dims[0]),
+        (target, in_dims[1]),
+        (alpha, in_dims[2]) if isinstance(alpha, Tensor) else (None, None),
+        ignore_index,
+        ood_index,
+    )
+    _check_reduction(reduction, batch.logits, batch.target)
+    operator = _LOSS.tensor_alpha if is_tensor else _LOSS.default
+    row_loss = operator(
+        batch.logits,
+        batch.target,
+        batch.alpha if is_tensor else alpha,
+        "none",
+        ignore_index=ignore_index,
+        ood_index=ood_index,
+    )
+    return batch.reduce(row_loss, reduction), 0
+
+
+def _forward_rule(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    logits: Tensor,
+    target: Tensor,
+    alpha: float,
+    alpha_tensor: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    ood_index: int | None,
+    unit_gradient: bool,
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    if unit_gradient:
+        raise RuntimeError("_outlier_exposure_loss_forward: no unit_gradient under vmap")
+    batch = _Batch(
+        info.batch_size,
+        (logits, in_dims[0]),
+        (target, in_dims[1]),
+        (alpha_tensor, in_dims[3]),
+        ignore_index,
+        ood_index,
+    )
+    _check_reduction(reduction, batch.logits, batch.target)
+    row_loss, cross_entropy, row_max, row_sum_exp, no_counts, no_gradient = _FORWARD(
+        batch.logits, batch.target, alpha, batch.alpha, "none", ignore_index, ood_index, False
+    )
+    has_alpha, reduces = alpha_tensor is not None, reduction != "none"
+    outputs = (
+        batch.reduce(row_loss, reduction),
+        batch.samples(cross_entropy) if has_alpha else cross_entropy,
+        batch.samples(row_max),
+        batch.samples(row_sum_exp),
+        batch.counts() if reduces else no_counts,
+        no_gradient,
+    )
+    return outputs, (0, 0 if has_alpha else None, 0, 0, 0 if reduces else None, None)
+
+
+def _backward_rule(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    row_max: Tensor,
+    row_sum_exp: Tensor,
+    counts: Tensor,
+    alpha: float,
+    alpha_tensor: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    ood_index: int | None,
+) -> tuple[Tensor, int]:
+    batch = _Batch(
+        info.batch_size,
+        (logits, in_dims[1]),
+        (target, in_dims[2]),
+        (alpha_tensor, in_dims[7]),
+        ignore_index,
+        ood_index,
+    )
+    _check_reduction(reduction, batch.logits, batch.target)
+    upstream = _batch_first(grad, in_dims[0], info.batch_size)
+    if reduction != "none":
+        sample_counts = _batch_first(counts, in_dims[5], info.batch_size)
+        divisors = batch.divisors(reduction, sample_counts).to(upstream.dtype)
+        upstream = (upstream.unsqueeze(1) / divisors).expand_as(batch.inlier).reshape(batch.shape)
+    grad_rows = _BACKWARD(
+        upstream.flatten(0, 1),
+        batch.logits,
+        batch.target,
+        batch.rows(row_max, in_dims[3]),
+        batch.rows(row_sum_exp, in_dims[4]),
+        counts.new_empty(0),
+        alpha,
+        batch.alpha,
+        "none",
+        ignore_index,
+        ood_index,
+    )
+    return batch.samples(grad_rows), 0
+
+
+_LIBRARY = torch.library.Library("oe_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
+_RULES: dict[str, Callable[..., Any]] = {
+    "outlier_exposure_loss": _loss_rule,
+    "outlier_exposure_loss.tensor_alpha": _loss_rule,
+    "_outlier_exposure_loss_forward": _forward_rule,
+    "_outlier_exposure_loss_backward": _backward_rule,
+}
+for _name, _rule in _RULES.items():
+    torch.library.register_vmap(f"oe_ext::{_name}", _rule, lib=_LIBRARY)

@@ -1,0 +1,151 @@
+"""torch.vmap: batching rules of our own, against the reference sample by sample."""
+
+import warnings
+
+import pytest
+import torch
+from inputs import IGNORE, REDUCTIONS, make_logits, make_target
+
+from oe_ext import outlier_exposure_loss, reference
+
+BATCH = 3
+SHAPES = [(5, 4), (2, 4, 3, 2)]
+
+
+@pytest.fixture(autouse=True)
+def _no_slow_path():
+    """PyTorch warns where it finds no batching rule and loops over the samples."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*batching rule.*")
+        yield
+
+
+def batch_of(shape, dtype=torch.float64, device="cpu"):
+    logits = torch.stack([make_logits(shape, dtype, device, scale=1.0) for _ in range(BATCH)])
+    target = torch.stack([make_target(shape, device=device) for _ in range(BATCH)])
+    return logits, target
+
+
+def loss_with(reduction, function=outlier_exposure_loss):
+    return lambda x, y, alpha=0.7: function(x, y, alpha, reduction, ignore_index=IGNORE)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0), (1, 1), (-1, -1)])
+def test_values(device, shape, reduction, in_dims):
+    logits, target = batch_of(shape, device=device)
+    args, expected = [], []
+    for tensor, dim in zip((logits, target), in_dims, strict=True):
+        args.append(tensor[0] if dim is None else tensor.movedim(0, dim).contiguous())
+        expected.append(tensor[:1].expand_as(tensor) if dim is None else tensor)
+    ours = torch.vmap(loss_with(reduction), in_dims)(*args)
+    theirs = [loss_with(reduction)(x, y) for x, y in zip(*expected, strict=True)]
+    torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("alpha_shape", [(), (5,), (BATCH,), (BATCH, 5)])
+def test_alpha(device, alpha_shape, reduction):
+    """A tensor alpha, of all samples or of each."""
+    logits, target = batch_of((5, 4), device=device)
+    alpha = torch.rand(alpha_shape, dtype=torch.float64, device=device)
+    has_batch = alpha_shape[:1] == (BATCH,)
+    ours = torch.vmap(loss_with(reduction), (0, 0, 0 if has_batch else None))(logits, target, alpha)
+    theirs = [
+        loss_with(reduction, reference.outlier_exposure_loss)(
+            logits[i], target[i], alpha[i] if has_batch else alpha
+        )
+        for i in range(BATCH)
+    ]
+    torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "group_mean"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_per_sample_gradients(device, shape, reduction):
+    logits, target = batch_of(shape, device=device)
+    alpha = torch.tensor(0.7, dtype=torch.float64, device=device)
+    ours = torch.vmap(torch.func.grad(loss_with(reduction), argnums=(0, 2)), (0, 0, None))(
+        logits, target, alpha
+    )
+    gradient = torch.func.grad(
+        loss_with(reduction, reference.outlier_exposure_loss), argnums=(0, 2)
+    )
+    for i in range(BATCH):
+        theirs = gradient(logits[i], target[i], alpha)
+        torch.testing.assert_close((ours[0][i], ours[1][i]), theirs, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_dtypes(device, dtype):
+    logits, target = batch_of((6, 4), dtype, device)
+    ours = torch.vmap(torch.func.grad_and_value(loss_with("mean")))(logits, target)
+    for i in range(BATCH):
+        gradient, loss = torch.func.grad_and_value(loss_with("mean"))(logits[i], target[i])
+        assert (ours[0][i].dtype, ours[1][i].dtype) == (dtype, torch.float32)
+        torch.testing.assert_close((ours[0][i], ours[1][i]), (gradient, loss))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "group_mean"])
+def test_second_order(device, reduction):
+    """vmap over a Hessian: vmap in vmap, with forward over reverse."""
+    logits, target = batch_of((3, 4), device=device)
+    ours = torch.vmap(torch.func.hessian(loss_with(reduction)))(logits, target)
+    hessian = torch.func.hessian(loss_with(reduction, reference.outlier_exposure_loss))
+    for i in range(BATCH):
+        torch.testing.assert_close(ours[i], hessian(logits[i], target[i]), rtol=1e-9, atol=1e-13)
+
+
+def test_tangents(device):
+    logits, target = batch_of((5, 4), device=device)
+    tangents = torch.randn_like(logits)
+
+    def tangent_of(x, y, v, function=outlier_exposure_loss):
+        return torch.func.jvp(lambda z: loss_with("mean", function)(z, y), (x,), (v,))[1]
+
+    ours = torch.vmap(tangent_of)(logits, target, tangents)
+    theirs = [
+        tangent_of(logits[i], target[i], tangents[i], reference.outlier_exposure_loss)
+        for i in range(BATCH)
+    ]
+    torch.testing.assert_close(ours, torch.stack(theirs), rtol=1e-11, atol=1e-14)
+
+
+def test_samples_without_counted_rows(device):
+    """A sample that is all ignored has a loss of 0, and one without rows a mean of NaN."""
+    logits, target = batch_of((5, 4), device=device)
+    target[1] = IGNORE
+    for reduction in ("mean", "group_mean"):
+        losses = torch.vmap(loss_with(reduction))(logits, target)
+        assert losses[1] == 0
+        assert losses[0] > 0
+    empty = torch.vmap(loss_with("mean"))(logits[:, :0], target[:, :0])
+    assert empty.shape == (BATCH,)
+    assert empty.isnan().all()
+
+
+def test_errors(device):
+    logits, target = batch_of((5, 4), device=device)
+    with pytest.raises(ValueError, match="reduction"):
+        torch.vmap(lambda x, y: outlier_exposure_loss(x, y, 0.5, "median"))(logits, target)
+
+
+def test_labels_are_checked():
+    """Of each sample. On CUDA the kernel asserts."""
+    logits, target = batch_of((5, 4))
+    target[2, 3] = 4
+    with pytest.raises(IndexError, match=r"target must hold classes in \[0, 4\)"):
+        torch.vmap(outlier_exposure_loss)(logits, target)
+
+
+@pytest.mark.no_simt("no kernel matters here")
+def test_compiled(device):
+    logits, target = batch_of((5, 4), torch.float32, device)
+    gradient = torch.func.grad(loss_with("mean"))
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits[0], target[0]), gradient(logits[0], target[0]))
+    torch.testing.assert_close(
+        torch.compile(torch.vmap(gradient), fullgraph=True, backend="aot_eager")(logits, target),
+        torch.vmap(gradient)(logits, target),
+    )
