@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from oe_ext.functional import outlier_exposure_loss
+from oe_ext.functional import LossStats, outlier_exposure_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["OutlierExposureLoss"]
 
@@ -28,6 +32,9 @@ class OutlierExposureLoss(torch.nn.Module):
         reduction: ``"none"`` or ``None``, ``"sum"``, ``"mean"`` or ``"group_mean"``.
         ignore_index: positions with this label count for nothing. Default: none are ignored.
         ood_index: the label that marks an outlier, instead of the negative numbers.
+        process_group: the processes that share a batch, for the global means.
+        return_stats: the module returns the loss and :class:`oe_ext.LossStats`.
+        return_scores: the same, with the scores of each position.
 
     Raises:
         ValueError: a reduction that is none of the above, or a number that is not finite.
@@ -42,6 +49,9 @@ class OutlierExposureLoss(torch.nn.Module):
         *,
         ignore_index: int | None = None,
         ood_index: int | None = None,
+        process_group: ProcessGroup | None = None,
+        return_stats: bool = False,
+        return_scores: bool = False,
     ) -> None:
         super().__init__()
         if reduction is not None and reduction not in REDUCTIONS:
@@ -58,9 +68,13 @@ class OutlierExposureLoss(torch.nn.Module):
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.ood_index = ood_index
+        self.process_group = process_group
+        self.return_stats = return_stats
+        self.return_scores = return_scores
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss of ``logits`` ``[N, C, ...]`` for the labels ``target`` ``[N, ...]``."""
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, LossStats]:
+        """The loss of ``logits`` ``[N, C, ...]`` for the labels ``target`` ``[N, ...]``, with its
+        statistics if they were asked for."""
         return outlier_exposure_loss(
             logits,
             target,
@@ -68,6 +82,16 @@ class OutlierExposureLoss(torch.nn.Module):
             self.reduction,
             ignore_index=self.ignore_index,
             ood_index=self.ood_index,
+            process_group=self.process_group,
+            return_stats=self.return_stats,
+            return_scores=self.return_scores,
+        )
+
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it, of children as well
+        raise NotImplementedError(
+            "OutlierExposureLoss cannot be compiled with torch.jit.script, which PyTorch has "
+            "deprecated. Use torch.compile to train, or torch.export to ship a model, or script "
+            "the model without its loss"
         )
 
     def extra_repr(self) -> str:
@@ -79,5 +103,12 @@ class OutlierExposureLoss(torch.nn.Module):
             alpha = f"Tensor of shape {list(self.alpha.shape)}"
         return (
             f"alpha={alpha}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
-            f"ood_index={self.ood_index}"
+            f"ood_index={self.ood_index}" + "".join(f", {name}" for name in self._switches())
         )
+
+    def _switches(self) -> list[str]:
+        """The settings that are seldom made, as repr shows them."""
+        switches = [f"{n}=True" for n in ("return_stats", "return_scores") if getattr(self, n)]
+        if self.process_group is not None:
+            switches.append(f"process_group=<of {self.process_group.size()} processes>")
+        return switches

@@ -77,6 +77,13 @@ def test_a_parameter_is_learned_and_saved(batch):
     assert OutlierExposureLoss(0.5).state_dict() == {}
 
 
+def test_jit_script_is_refused_with_a_way_out():
+    model = torch.nn.Sequential(OutlierExposureLoss())
+    for module in (model, OutlierExposureLoss()):
+        with pytest.raises(NotImplementedError, match=r"torch\.compile"):
+            torch.jit.script(module)
+
+
 def test_a_network_learns_to_be_unsure():
     """A few steps: confident on the inliers, near uniform on the outliers."""
     inputs = torch.cat([torch.eye(3).repeat(20, 1), -torch.eye(3).repeat(20, 1)])
@@ -98,5 +105,10 @@ def test_a_network_learns_to_be_unsure():
 
 
 def test_the_package_exports_what_it_says():
-    assert set(oe_ext.__all__) == {"OutlierExposureLoss", "outlier_exposure_loss", "__version__"}
+    assert set(oe_ext.__all__) == {
+        "LossStats",
+        "OutlierExposureLoss",
+        "outlier_exposure_loss",
+        "__version__",
+    }
     assert all(hasattr(oe_ext, name) for name in oe_ext.__all__)
