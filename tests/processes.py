@@ -1,0 +1,30 @@
+"""Runs a function in several processes that are joined by gloo."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+
+def _child(rank: int, function: Callable[..., None], world: int, path: str, args: Any) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    try:
+        function(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(world: int, function: Callable[..., None], *args: Any) -> None:
+    """Calls ``function(*args)``, of the top of a module, in ``world`` processes. An error in any of
+    them is raised here."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "rendezvous")
+        torch.multiprocessing.spawn(_child, (function, world, path, args), nprocs=world)
