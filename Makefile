@@ -20,9 +20,10 @@ demo: $(BUILT)  ## train on real data, with and without Outlier Exposure
 test: $(BUILT)  ## the Python tests
 	$(BIN)/python -m pytest -m "not packaging and not mutants and not nvcc" $(ARGS)
 
-test-cpp: $(INSTALLED)  ## the C++ tests, through CMake and ctest
+test-cpp: $(BUILT)  ## the C++ tests, through CMake and ctest
 	test -f /usr/include/gtest/gtest.h || (apt-get update -qq && apt-get install -y -qq libgtest-dev)
 	cmake -G Ninja -B build/cmake -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" \
+	  -DOE_EXT_PYTHON="$(abspath $(BIN)/python)" \
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch.utils as u; print(u.cmake_prefix_path)')"
 	cmake --build build/cmake
 	ctest --test-dir build/cmake --output-on-failure

@@ -66,6 +66,45 @@ def test_dynamic_shapes_recompile_once_at_most(device, shape):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_new_alpha_is_not_compiled_anew(device, reduction):
+    """Nor is it a constant of the graph. The second makes it a variable."""
+    compiled = torch.compile(outlier_exposure_loss, fullgraph=True, backend="aot_eager")
+    logits, target = make_logits((8, 5), device=device), make_target((8, 5), device=device)
+    torch._dynamo.utils.counters.clear()
+    for alpha in (0.1, 0.2, 0.3, 0.0, 2.5):
+        expected = grad_of(outlier_exposure_loss, logits, target, alpha, reduction)
+        torch.testing.assert_close(grad_of(compiled, logits, target, alpha, reduction), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_what_cuda_graphs_need(device):
+    """mode="reduce-overhead" records a graph: nothing in it may wait for a number, or have a shape
+    that depends on one."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    logits = make_logits((8, 5), device=device).requires_grad_()
+    target = make_target((8, 5), device=device)
+
+    def function(x, y):
+        return outlier_exposure_loss(x, y, 0.5, "group_mean", ignore_index=IGNORE)
+
+    aot = torch._dynamo.backends.common.aot_autograd(fw_compiler=backend)
+    torch.compile(function, fullgraph=True, backend=aot)(logits, target).backward()
+    assert len(graphs) == 2, "forward and backward"
+    for graph in graphs:
+        for node in graph.graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload):
+                tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+                assert not tags & set(node.target.tags), node
+    names = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert sum("oe_ext" in name for name in names) == 2, "one operator each way"
+
+
 def test_compiled_autograd(device):
     logits = make_logits((8, 5), device=device).requires_grad_()
     target = make_target((8, 5), device=device)
