@@ -157,9 +157,10 @@ def outlier_exposure_loss(
         return _with_stats(logits, target, alpha, reduction, return_stats, return_scores, **marks)
     operator = torch.ops.oe_ext.outlier_exposure_loss
     if torch.compiler.is_dynamo_compiling() and not isinstance(alpha, Tensor):
-        # A number is a constant of the operator, and each new one would be compiled anew.
+        # A number is a constant of the operator, and each new one would be compiled anew. The
+        # compiler makes a variable of it where it multiplies a tensor.
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        alpha = torch.full((), alpha, dtype=dtype, device=logits.device)
+        alpha = torch.ones((), dtype=dtype, device=logits.device) * alpha
     if isinstance(alpha, Tensor):
         loss: Tensor = operator.tensor_alpha(logits, target, alpha, reduction, **marks)
     else:

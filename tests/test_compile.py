@@ -66,15 +66,14 @@ def test_dynamic_shapes_recompile_once_at_most(device, shape):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_new_alpha_is_not_compiled_anew(device, reduction):
-    """Nor is it a constant of the graph. The second makes it a variable."""
-    compiled = torch.compile(outlier_exposure_loss, fullgraph=True, backend="aot_eager")
+def test_a_new_alpha_is_not_compiled_anew(device):
+    """The second makes it a variable of the graph, by the default backend."""
+    compiled = torch.compile(outlier_exposure_loss, fullgraph=True)
     logits, target = make_logits((8, 5), device=device), make_target((8, 5), device=device)
     torch._dynamo.utils.counters.clear()
     for alpha in (0.1, 0.2, 0.3, 0.0, 2.5):
-        expected = grad_of(outlier_exposure_loss, logits, target, alpha, reduction)
-        torch.testing.assert_close(grad_of(compiled, logits, target, alpha, reduction), expected)
+        expected = grad_of(outlier_exposure_loss, logits, target, alpha)
+        torch.testing.assert_close(grad_of(compiled, logits, target, alpha), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
