@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,9 @@ def _child(rank: int, function: Callable[..., None], world: int, path: str, args
     try:
         function(*args)
     finally:
+        # The models of a test refer to the group in circles, so that its threads would outlive it
+        # and the interpreter, which ends a thread that asks for it by an abort.
+        gc.collect()
         dist.destroy_process_group()
 
 
