@@ -98,10 +98,15 @@ struct RowStats {
     using std::exp;
     const acc_t shifted = x - max;
     const acc_t exp_shifted = exp(shifted);
+    add_terms(shifted, exp_shifted);
+    return exp_shifted;
+  }
+
+  // Adds a logit by what it adds to the sums: x - max and exp(x - max).
+  C10_HOST_DEVICE void add_terms(acc_t shifted, acc_t exp_shifted) {
     sum_exp += exp_shifted;
     sum_shifted += shifted;
     count += acc_t(1);
-    return exp_shifted;
   }
 
   // Adds any logit.

@@ -40,57 +40,102 @@ OE_EXT_INLINE Mask<acc_t> lanes_of_tail(int64_t num_classes) {
     index[i] = static_cast<typename IntV::Lane>(i);
   }
   return IntV::load(index) >=
-         IntV::broadcast(static_cast<typename IntV::Lane>(kSize - num_classes % kSize));
+         IntV::broadcast(static_cast<typename IntV::Lane>((kSize - num_classes % kSize) % kSize));
 }
 
-// The sums of a row; its exponentials go to `exps`, if that is not null.
+// The sums of one row, and where its exponentials go (kKeepExp).
 template <bool kKeepExp, typename scalar_t, typename acc_t>
-void add_row(const scalar_t* logits, int64_t num_classes, acc_t* exps, int64_t i_row,
-             TileRows<acc_t>& rows) {
+class RowSums {
   using V = Vec<acc_t>;
-  using P = Packed<scalar_t, acc_t>;
-  const V max = rows.max[i_row];
-  double sum_exp = 0;
-  double sum_shifted = 0;
-  int64_t i = 0;
-  while (i + V::kSize <= num_classes) {
-    const int64_t end = std::min(i + kChainLength * 4 * V::kSize, num_classes);
-    RowStats<V> part[4];
-    for (RowStats<V>& p : part) {
-      p = RowStats<V>::below(max);
+
+ public:
+  OE_EXT_INLINE RowSums(const scalar_t* logits, int64_t num_classes, acc_t max, acc_t* exps)
+      : logits_(logits), num_classes_(num_classes), max_(max), exps_(exps) {}
+
+  OE_EXT_INLINE void add_all() {
+    int64_t i = 0;
+    for (; num_classes_ - i > kChainLength * 4 * V::kSize; i += kChainLength * 4 * V::kSize) {
+      add_vectors_of_four(i, i + kChainLength * 4 * V::kSize);
+      end_chain();
     }
+    i = add_vectors_of_four(i, num_classes_);
+    switch ((num_classes_ - i + V::kSize - 1) / V::kSize) {
+      case 1:
+        add_last<1>(i);
+        break;
+      case 2:
+        add_last<2>(i);
+        break;
+      case 3:
+        add_last<3>(i);
+        break;
+      case 4:
+        add_last<4>(i);
+        break;
+      default:
+        break;
+    }
+    end_chain();
+  }
+
+  acc_t sum_exp() const { return static_cast<acc_t>(sum_exp_); }
+  acc_t sum_shifted() const { return static_cast<acc_t>(sum_shifted_); }
+
+ private:
+  OE_EXT_INLINE int64_t add_vectors_of_four(int64_t i, int64_t end) {
     for (; i + 4 * V::kSize <= end; i += 4 * V::kSize) {
-      for (int j = 0; j < 4; ++j) {
-        const V exp_shifted = part[j].add(P::load(logits + i + j * V::kSize));
-        if (kKeepExp) {
-          exp_shifted.store(exps + i + j * V::kSize);
-        }
-      }
+      V shifted[4];
+      V exp_shifted[4];
+      read(i, shifted, exp_shifted);
+      chain_.add_terms((shifted[0] + shifted[1]) + (shifted[2] + shifted[3]),
+                       (exp_shifted[0] + exp_shifted[1]) + (exp_shifted[2] + exp_shifted[3]));
     }
-    for (; i + V::kSize <= end; i += V::kSize) {
-      const V exp_shifted = part[0].add(P::load(logits + i));
+    return i;
+  }
+
+  // The last kCount vectors of the row, of which the last may overlap the one before.
+  template <int kCount>
+  OE_EXT_INLINE void add_last(int64_t i) {
+    V shifted[kCount];
+    V exp_shifted[kCount];
+    read(i, shifted, exp_shifted);
+    const Mask<acc_t> is_new = lanes_of_tail<acc_t>(num_classes_);
+    const V zero = acc_t(0);
+    shifted[kCount - 1] = select(is_new, shifted[kCount - 1], zero);
+    exp_shifted[kCount - 1] = select(is_new, exp_shifted[kCount - 1], zero);
+    for (int j = 0; j < kCount; ++j) {
+      chain_.add_terms(shifted[j], exp_shifted[j]);
+    }
+  }
+
+  template <int kCount>
+  OE_EXT_INLINE void read(int64_t i, V (&shifted)[kCount], V (&exp_shifted)[kCount]) const {
+    const auto at = [&](int j) { return std::min(i + j * V::kSize, num_classes_ - V::kSize); };
+    for (int j = 0; j < kCount; ++j) {
+      exp_shifted[j] = shifted[j] = Packed<scalar_t, acc_t>::load(logits_ + at(j)) - max_;
+    }
+    exp_in_place(exp_shifted);
+    for (int j = 0; j < kCount; ++j) {
       if (kKeepExp) {
-        exp_shifted.store(exps + i);
+        exp_shifted[j].store(exps_ + at(j));
       }
     }
-    sum_exp +=
-        sum_of_lanes((part[0].sum_exp + part[1].sum_exp) + (part[2].sum_exp + part[3].sum_exp));
-    sum_shifted += sum_of_lanes((part[0].sum_shifted + part[1].sum_shifted) +
-                                (part[2].sum_shifted + part[3].sum_shifted));
   }
-  if (i < num_classes) {
-    const Mask<acc_t> is_new = lanes_of_tail<acc_t>(num_classes);
-    RowStats<V> tail = RowStats<V>::below(max);
-    const V exp_shifted = tail.add(P::load(logits + num_classes - V::kSize));
-    if (kKeepExp) {
-      exp_shifted.store(exps + num_classes - V::kSize);
-    }
-    sum_exp += sum_of_lanes(select(is_new, tail.sum_exp, V(acc_t(0))));
-    sum_shifted += sum_of_lanes(select(is_new, tail.sum_shifted, V(acc_t(0))));
+
+  OE_EXT_INLINE void end_chain() {
+    sum_exp_ += sum_of_lanes(chain_.sum_exp);
+    sum_shifted_ += sum_of_lanes(chain_.sum_shifted);
+    chain_ = RowStats<V>::below(max_);
   }
-  rows.sum_exp[i_row] = static_cast<acc_t>(sum_exp);
-  rows.sum_shifted[i_row] = static_cast<acc_t>(sum_shifted);
-}
+
+  const scalar_t* logits_;
+  int64_t num_classes_;
+  V max_;
+  acc_t* exps_;
+  RowStats<V> chain_ = RowStats<V>::below(max_);
+  double sum_exp_ = 0;
+  double sum_shifted_ = 0;
+};
 
 template <bool kFromExp, typename source_t, typename acc_t>
 struct RowGradientAt {

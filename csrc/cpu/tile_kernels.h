@@ -14,134 +14,28 @@
 namespace oe_ext::cpu {
 namespace {
 
-// ---- The rows of a tile, once their sums are known
-
-// Sums of lanes, in double.
-template <typename acc_t>
-struct LaneSums {
-  static constexpr int kParts = sizeof(double) / sizeof(acc_t);
-  typedef acc_t Part __attribute__((vector_size(kVectorBytes / kParts)));
-  Vec<double> parts[kParts];
-
-  LaneSums() {
-    for (Vec<double>& part : parts) {
-      part = Vec<double>(0.0);
-    }
-  }
-  OE_EXT_INLINE void add(Vec<acc_t> x) {
-    Part halves[kParts];
-    __builtin_memcpy(halves, &x, sizeof(x));
-    for (int i = 0; i < kParts; ++i) {
-      parts[i] += Vec<double>(__builtin_convertvector(halves[i], Vec<double>::Raw));
-    }
-  }
-  double sum() const {
-    double total = 0;
-    for (const Vec<double>& part : parts) {
-      total += sum_of_lanes(part);
-    }
-    return total;
-  }
-};
-
-// Stores the lanes of rows that exist; nothing where `values` is null.
-template <typename acc_t>
-OE_EXT_INLINE void store_rows(acc_t* values, const TileRows<acc_t>& rows, int64_t i, Vec<acc_t> x) {
-  if (values == nullptr) {
-    return;
-  }
-  if (i + Vec<acc_t>::kSize <= rows.size) {
-    x.store(values + rows.first + i);
-  } else {
-    store_part(values + rows.first + i, x, rows.size - i);
-  }
-}
-
-// Writes the outputs of the rows, adds their losses, and readies what their gradients need. As
-// ForwardArgs::write_row and row_gradient, for many rows at once.
-template <typename scalar_t, typename acc_t>
-void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling, GroupCounts counts,
-                 TileRows<acc_t>& rows, GroupSums& sums) {
-  using V = Vec<acc_t>;
-  using IntV = IntVec<acc_t>;
-  const V zero = acc_t(0);
-  const V num_classes = static_cast<acc_t>(args.layout.num_classes);
-  const V inlier_divisor =
-      static_cast<acc_t>(reduction_divisor(args.reduction, RowKind::kInlier, counts));
-  const V outlier_divisor =
-      static_cast<acc_t>(reduction_divisor(args.reduction, RowKind::kOutlier, counts));
-  const bool one_alpha = args.alpha.values.data == nullptr;
-  const V one_alpha_scale = V(args.alpha.value) / outlier_divisor;
-  const V inlier_scale = V(acc_t(1)) / inlier_divisor;
-  LaneSums<acc_t> inliers;
-  LaneSums<acc_t> outliers;
-  for (int64_t i = 0; i < rows.padded; i += V::kSize) {
-    const IntV label = IntV::load(rows.label + i);
-    const Mask<acc_t> is_inlier = label >= IntV::broadcast(0);
-    const Mask<acc_t> is_outlier = label == IntV::broadcast(kOutlierLane);
-    V alpha = args.alpha.value;
-    if (!one_alpha) {
-      acc_t lanes[V::kSize];
-      for (int64_t j = 0; j < V::kSize; ++j) {
-        lanes[j] = args.alpha.values[rows.first + std::min(i + j, rows.size - 1)];
-      }
-      alpha = V::load(lanes);
-    }
-    const V weight = select(is_inlier, V(acc_t(1)), select(is_outlier, alpha, zero));
-    const Mask<acc_t> counts_for_loss = weight != zero;
-    const Mask<acc_t> is_active =
-        args.row_cross_entropy != nullptr ? counts_for_loss | is_outlier : counts_for_loss;
-
-    RowStats<V> stats;
-    stats.max = V::load(rows.max + i);
-    stats.sum_exp = V::load(rows.sum_exp + i);
-    stats.sum_shifted = V::load(rows.sum_shifted + i);
-    stats.count = num_classes;
-    const V at_label = V::load(rows.at_label + i);
-    const V cross_entropy = select(
-        is_active,
-        select(is_inlier, inlier_cross_entropy(stats, at_label), outlier_cross_entropy(stats)),
-        zero);
-    const V loss = select(counts_for_loss, weight * cross_entropy, zero);
-    inliers.add(select(is_inlier, loss, zero));
-    outliers.add(select(is_inlier, zero, loss));
-    store_rows(args.row_loss, rows, i, loss);
-    store_rows(args.row_cross_entropy, rows, i, cross_entropy);
-    store_rows(args.row_max, rows, i, select(is_active, stats.max, zero));
-    store_rows(args.row_sum_exp, rows, i, select(is_active, stats.sum_exp, zero));
-
-    if (args.grad_logits != nullptr) {
-      select(counts_for_loss, label, IntV::broadcast(kInactiveLane)).store(rows.label + i);
-      if (tiling.long_rows) {
-        exp(at_label - stats.max).store(rows.exp_at_label + i);
-      }
-      (V(acc_t(1)) / stats.sum_exp).store(rows.inverse_sum + i);
-      const V outlier_scale = one_alpha ? one_alpha_scale : alpha / outlier_divisor;
-      select(is_outlier, outlier_scale, inlier_scale).store(rows.scale + i);
-      select(is_outlier, V(acc_t(1)) / num_classes, zero).store(rows.uniform + i);
-    }
-  }
-  sums.inliers = inliers.sum();
-  sums.outliers = outliers.sum();
-}
-
 // ---- Tiles
 
 template <typename acc_t>
 void begin_tile(const Tiling& tiling, int64_t tile, TileRows<acc_t>& rows) {
-  constexpr int64_t kSize = Vec<acc_t>::kSize;
   rows.first = tiling.begin(tile);
   rows.size = tiling.size(tile);
-  rows.padded = (rows.size + kSize - 1) / kSize * kSize;
+  rows.padded = round_up<acc_t>(rows.size);
+}
+
+template <typename acc_t>
+void clear_maxima(TileRows<acc_t>& rows) {
+  for (int64_t i = 0; i < rows.padded; ++i) {
+    rows.max[i] = std::numeric_limits<acc_t>::lowest();
+    rows.at_label[i] = 0;
+  }
 }
 
 template <typename acc_t>
 void clear_sums(TileRows<acc_t>& rows) {
   for (int64_t i = 0; i < rows.padded; ++i) {
-    rows.max[i] = std::numeric_limits<acc_t>::lowest();
     rows.sum_exp[i] = 0;
     rows.sum_shifted[i] = 0;
-    rows.at_label[i] = 0;
   }
 }
 
@@ -150,6 +44,24 @@ template <typename scalar_t, typename acc_t>
 bool reads_row(const ForwardArgs<scalar_t, acc_t>& args, const TileRows<acc_t>& rows, int64_t i) {
   return rows.label[i] >= 0 ||
          (rows.label[i] == kOutlierLane && args.is_active(rows.first + i, RowKind::kOutlier));
+}
+
+constexpr int64_t kLogitsOfGroup = 4096;
+
+template <bool kKeepExp, typename scalar_t, typename acc_t>
+void add_row(const scalar_t* logits, int64_t num_classes, acc_t* exps, int64_t i,
+             TileRows<acc_t>& rows) {
+  RowSums<kKeepExp, scalar_t, acc_t> sums(logits, num_classes, rows.max[i], exps);
+  sums.add_all();
+  rows.sum_exp[i] = sums.sum_exp();
+  rows.sum_shifted[i] = sums.sum_shifted();
+}
+
+// The gradient of a long row's logit at its label.
+template <typename acc_t>
+acc_t gradient_at_label(acc_t logit, int64_t i, const TileRows<acc_t>& rows) {
+  const Vec<acc_t> exp_shifted = exp(Vec<acc_t>(logit - rows.max[i]));
+  return logit_gradient(exp_shifted.raw[0], rows.inverse_sum[i], acc_t(1), rows.scale[i]);
 }
 
 template <typename scalar_t, typename acc_t>
@@ -168,22 +80,32 @@ void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
       exps = scratch;
     }
   }
-  for (int64_t i = 0; i < rows.size; ++i) {
-    if (!reads_row(args, rows, i)) {
-      continue;
+  // So few rows that they stay in the nearest cache, but the maximum of one, which its exponentials
+  // wait for, is found while others are worked on.
+  const int64_t group = std::max<int64_t>(1, kLogitsOfGroup / num_classes);
+  for (int64_t begin = 0; begin < rows.size; begin += group) {
+    const int64_t end = std::min(begin + group, rows.size);
+    for (int64_t i = begin; i < end; ++i) {
+      if (reads_row(args, rows, i)) {
+        rows.max[i] = max_of_row<scalar_t, acc_t>(logits.data + i * logits.row_stride, num_classes);
+      }
     }
-    const scalar_t* row = logits.data + i * logits.row_stride;
-    rows.max[i] = max_of_row<scalar_t, acc_t>(row, num_classes);
-    if (exps != nullptr) {
-      add_row<true>(row, num_classes, exps + i * exps_stride, i, rows);
-    } else {
-      add_row<false>(row, num_classes, exps, i, rows);
-    }
-    if (rows.label[i] >= 0) {
-      rows.at_label[i] = static_cast<acc_t>(row[args.labels[rows.first + i]]);
+    for (int64_t i = begin; i < end; ++i) {
+      if (!reads_row(args, rows, i)) {
+        continue;
+      }
+      const scalar_t* row = logits.data + i * logits.row_stride;
+      if (exps != nullptr) {
+        add_row<true>(row, num_classes, exps + i * exps_stride, i, rows);
+      } else {
+        add_row<false>(row, num_classes, exps, i, rows);
+      }
+      if (rows.label[i] >= 0) {
+        rows.at_label[i] = static_cast<acc_t>(row[args.labels[rows.first + i]]);
+      }
     }
   }
-  finish_rows(args, tiling, counts, rows, sums);
+  finish_rows(args, counts, rows, sums);
   if (args.grad_logits == nullptr) {
     return;
   }
@@ -196,90 +118,93 @@ void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
       write_row_gradient<false>(logits.data + i * logits.row_stride, row, num_classes, i, rows);
     }
     if (rows.label[i] >= 0) {
-      row[args.labels[rows.first + i]] = static_cast<scalar_t>(
-          logit_gradient(rows.exp_at_label[i], rows.inverse_sum[i], acc_t(1), rows.scale[i]));
+      row[args.labels[rows.first + i]] =
+          static_cast<scalar_t>(gradient_at_label(rows.at_label[i], i, rows));
     }
   }
 }
 
-// The maxima and the sums of a tile whose logits planes(first class, number of classes) brings.
-// Where all fit in scratch, their exponentials are left there, if a gradient needs them.
-template <typename scalar_t, typename acc_t, typename MakePlanes>
-void add_tile(const ForwardArgs<scalar_t, acc_t>& args, int64_t chunk, const MakePlanes& planes,
-              acc_t* scratch, TileRows<acc_t>& rows) {
-  using source_t = typename MakePlanes::Source;
+// More classes than this are read from memory for as many rows as a tile has, one class after
+// another, before a block of rows goes through all of them in cache.
+constexpr int64_t kMaxClassesOfBlock = 32;
+
+// Logits [class][row], of a tensor or in scratch, all classes at once.
+template <typename source_t, typename scalar_t, typename acc_t>
+void forward_all_classes(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
+                         Planes<source_t> logits, acc_t* scratch, TileRows<acc_t>& rows,
+                         GroupSums& sums) {
   const int64_t num_classes = args.layout.num_classes;
-  for (int64_t cls = 0; cls < num_classes; cls += chunk) {
-    const int64_t size = std::min(chunk, num_classes - cls);
-    for_each_block<acc_t>(rows.padded,
-                          RaiseMaxima<source_t, acc_t>{rows, planes(cls, size), cls, size});
+  const bool maxima_first = num_classes > kMaxClassesOfBlock;
+  if (maxima_first) {
+    clear_maxima(rows);
+    RaiseMaxima<source_t, acc_t> raise{rows, logits, 0, num_classes};
+    for_each_block<acc_t>(rows.padded, raise);
   }
-  const bool keep_exp = chunk == num_classes && args.grad_logits != nullptr;
-  for (int64_t cls = 0; cls < num_classes; cls += chunk) {
-    const int64_t size = std::min(chunk, num_classes - cls);
-    const Planes<source_t> source = chunk == num_classes ? planes.again() : planes(cls, size);
-    if (keep_exp) {
-      for_each_block<acc_t>(rows.padded,
-                            AddClasses<source_t, acc_t, true>{rows, source, scratch, size});
-    } else {
-      for_each_block<acc_t>(rows.padded,
-                            AddClasses<source_t, acc_t, false>{rows, source, scratch, size});
-    }
+  RowFinisher<scalar_t, acc_t> finisher(args, counts, rows);
+  if (args.grad_logits == nullptr) {
+    WalkAll<GradientTo::kNowhere, source_t, scalar_t, acc_t> walk{rows,         logits, num_classes,
+                                                                  maxima_first, {},     finisher};
+    for_each_block<acc_t>(rows.padded, walk);
+  } else {
+    const GradientPlanes<scalar_t, acc_t> gradients{
+        scratch, rows.padded, TileView<scalar_t>(args.grad_logits, args.grad_layout, rows.first)};
+    walk_to_tensor(rows, num_classes, gradients,
+                   WalkAll<GradientTo::kPlanes, source_t, scalar_t, acc_t>{
+                       rows, logits, num_classes, maxima_first, gradients, finisher},
+                   WalkAll<GradientTo::kScratch, source_t, scalar_t, acc_t>{
+                       rows, logits, num_classes, maxima_first, gradients, finisher});
   }
+  finisher.write_sums(sums);
 }
 
-// Logits where they stand.
-template <typename scalar_t>
-struct PlanesOfTensor {
-  using Source = scalar_t;
-  TileView<const scalar_t> logits;
-
-  Planes<Source> operator()(int64_t first_class, int64_t) const {
-    return {logits.from_class(first_class).data, logits.class_stride};
-  }
-  Planes<Source> again() const { return (*this)(0, 0); }
-};
-
-// Logits that are brought to scratch.
+// Logits of more classes than fit in scratch: as many as do are brought there, three times.
 template <typename scalar_t, typename acc_t>
-struct PlanesInScratch {
-  using Source = acc_t;
-  TileView<const scalar_t> logits;
-  const TileRows<acc_t>& rows;
-  acc_t* scratch;
-
-  Planes<Source> operator()(int64_t first_class, int64_t num_classes) const {
-    gather(logits.from_class(first_class), num_classes, rows, scratch);
-    return again();
+void forward_in_chunks(const ForwardArgs<scalar_t, acc_t>& args, int64_t chunk, GroupCounts counts,
+                       acc_t* scratch, TileRows<acc_t>& rows, GroupSums& sums) {
+  const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
+  const Planes<acc_t> planes{scratch, rows.padded};
+  const auto for_each_chunk = [&](const auto& use) {
+    for (int64_t cls = 0; cls < args.layout.num_classes; cls += chunk) {
+      const int64_t size = std::min(chunk, args.layout.num_classes - cls);
+      gather(logits.from_class(cls), size, rows, scratch);
+      use(cls, size);
+    }
+  };
+  clear_maxima(rows);
+  clear_sums(rows);
+  for_each_chunk([&](int64_t cls, int64_t size) {
+    RaiseMaxima<acc_t, acc_t> raise{rows, planes, cls, size};
+    for_each_block<acc_t>(rows.padded, raise);
+  });
+  for_each_chunk([&](int64_t, int64_t size) {
+    AddClasses<acc_t, acc_t> add{rows, planes, size};
+    for_each_block<acc_t>(rows.padded, add);
+  });
+  finish_rows(args, counts, rows, sums);
+  if (args.grad_logits == nullptr) {
+    return;
   }
-  Planes<Source> again() const { return {scratch, rows.padded}; }
-};
+  const TileView<scalar_t> grad(args.grad_logits, args.grad_layout, rows.first);
+  for_each_chunk(
+      [&](int64_t cls, int64_t size) { write_gradients(rows, scratch, cls, size, grad); });
+}
 
 template <typename scalar_t, typename acc_t>
 void forward_along_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                         GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows,
                         GroupSums& sums) {
   const int64_t num_classes = args.layout.num_classes;
-  const int64_t chunk = tiling.chunk_classes;
-  const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
-  if (logits.row_stride == 1 && rows.size == rows.padded) {
-    add_tile(args, chunk, PlanesOfTensor<scalar_t>{logits}, scratch, rows);
-  } else {
-    add_tile(args, chunk, PlanesInScratch<scalar_t, acc_t>{logits, rows, scratch}, scratch, rows);
-  }
-  finish_rows(args, tiling, counts, rows, sums);
-  if (args.grad_logits == nullptr) {
+  if (tiling.chunk_classes < num_classes) {
+    forward_in_chunks(args, tiling.chunk_classes, counts, scratch, rows, sums);
     return;
   }
-  const TileView<scalar_t> grad(args.grad_logits, args.grad_layout, rows.first);
-  for (int64_t cls = 0; cls < num_classes; cls += chunk) {
-    const int64_t size = std::min(chunk, num_classes - cls);
-    if (chunk == num_classes) {
-      write_gradients<true>(rows, scratch, cls, size, grad);
-    } else {
-      gather(logits.from_class(cls), size, rows, scratch);
-      write_gradients<false>(rows, scratch, cls, size, grad);
-    }
+  const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
+  if (logits.row_stride == 1 && rows.size == rows.padded) {
+    forward_all_classes(args, counts, Planes<scalar_t>{logits.data, logits.class_stride}, scratch,
+                        rows, sums);
+  } else {
+    gather(logits, num_classes, rows, scratch);
+    forward_all_classes(args, counts, Planes<acc_t>{scratch, rows.padded}, scratch, rows, sums);
   }
 }
 
@@ -292,8 +217,9 @@ TaskResult forward_tile(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
   if (result.bad_row >= 0) {
     return result;
   }
-  clear_sums(rows);
   if (tiling.long_rows) {
+    clear_maxima(rows);
+    clear_sums(rows);
     forward_long_rows(args, tiling, counts, scratch, rows, result.sums);
   } else {
     forward_along_rows(args, tiling, counts, scratch, rows, result.sums);
@@ -330,7 +256,7 @@ TaskResult backward_tile(const BackwardArgs<scalar_t, acc_t>& args, const Tiling
     for (int64_t cls = 0; cls < num_classes; cls += tiling.chunk_classes) {
       const int64_t size = std::min(tiling.chunk_classes, num_classes - cls);
       gather(logits.from_class(cls), size, rows, scratch);
-      write_gradients<false>(rows, scratch, cls, size, grad);
+      write_gradients(rows, scratch, cls, size, grad);
     }
     return result;
   }
@@ -340,11 +266,8 @@ TaskResult backward_tile(const BackwardArgs<scalar_t, acc_t>& args, const Tiling
     write_row_gradient<false>(row, grad_row, num_classes, i, rows);
     if (rows.label[i] >= 0) {
       const int64_t label = args.labels[rows.first + i];
-      const Vec<acc_t> shifted = static_cast<acc_t>(row[label]) - rows.max[i];
-      acc_t lanes[Vec<acc_t>::kSize];
-      exp(shifted).store(lanes);
-      grad_row[label] = static_cast<scalar_t>(
-          logit_gradient(lanes[0], rows.inverse_sum[i], acc_t(1), rows.scale[i]));
+      grad_row[label] =
+          static_cast<scalar_t>(gradient_at_label(static_cast<acc_t>(row[label]), i, rows));
     }
   }
   return result;

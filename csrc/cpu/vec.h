@@ -48,6 +48,7 @@ struct IntVec {
   OE_EXT_INLINE friend Mask<T> operator==(IntVec a, IntVec b) { return {a.raw == b.raw}; }
   OE_EXT_INLINE friend Mask<T> operator!=(IntVec a, IntVec b) { return {a.raw != b.raw}; }
   OE_EXT_INLINE friend Mask<T> operator>=(IntVec a, IntVec b) { return {a.raw >= b.raw}; }
+  OE_EXT_INLINE friend Mask<T> operator<(IntVec a, IntVec b) { return {a.raw < b.raw}; }
 };
 
 // Lanes that are all ones or all zeros.
@@ -57,6 +58,7 @@ struct Mask {
 
   OE_EXT_INLINE friend Mask operator&(Mask a, Mask b) { return {a.raw & b.raw}; }
   OE_EXT_INLINE friend Mask operator|(Mask a, Mask b) { return {a.raw | b.raw}; }
+  OE_EXT_INLINE friend Mask operator~(Mask a) { return {~a.raw}; }
 };
 
 template <typename T>
@@ -148,17 +150,42 @@ OE_EXT_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
 }
 #endif
 
+// The halves of a vector. For GCC the way of a memcpy leads through memory.
+template <typename T, int kBytes>
+struct Halves {
+  using Whole = typename VectorType<T, kBytes>::type;
+  using Half = typename VectorType<T, kBytes / 2>::type;
+
+  OE_EXT_INLINE static Half low(Whole x) {
+    Half half;
+    __builtin_memcpy(&half, &x, sizeof(half));
+    return half;
+  }
+  OE_EXT_INLINE static Half high(Whole x) {
+#if defined(OE_EXT_AVX512)
+    if constexpr (kBytes == 64) {
+      return (Half)_mm512_maskz_extractf64x4_pd(0xf, (__m512d)x, 1);
+    }
+#endif
+#if defined(OE_EXT_AVX512) || defined(OE_EXT_AVX2)
+    if constexpr (kBytes == 32) {
+      return (Half)_mm256_extractf128_pd((__m256d)x, 1);
+    }
+#endif
+    Half half;
+    __builtin_memcpy(&half, reinterpret_cast<const char*>(&x) + sizeof(half), sizeof(half));
+    return half;
+  }
+};
+
 // Folds the upper half of a vector onto the lower one, until one lane is left.
 template <bool kLargest, typename T, int kBytes>
 OE_EXT_INLINE T fold_lanes(typename VectorType<T, kBytes>::type x) {
   if constexpr (kBytes == sizeof(T)) {
     return x[0];
   } else {
-    using Half = typename VectorType<T, kBytes / 2>::type;
-    Half low;
-    Half high;
-    __builtin_memcpy(&low, &x, sizeof(Half));
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(Half), sizeof(Half));
+    auto low = Halves<T, kBytes>::low(x);
+    const auto high = Halves<T, kBytes>::high(x);
     if constexpr (kLargest) {
       low = high > low ? high : low;
     } else {

@@ -6,6 +6,13 @@
 namespace oe_ext::cpu {
 namespace {
 
+// Is a product that is added rounded once, with its sum?
+#if defined(OE_EXT_AVX512) || defined(OE_EXT_AVX2) || defined(__aarch64__)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma = false;
+#endif
+
 // Bits of IEEE 754 numbers, and the constants of their exponentials and logarithms.
 template <typename T>
 struct FloatBits;
@@ -14,13 +21,16 @@ template <>
 struct FloatBits<float> {
   static constexpr int kMantissa = 23;
   static constexpr int32_t kBias = 127;
+  static constexpr float kLog2E = 1.44269504088896340736F;
   // ln 2 in two parts; products of the first with an exponent are exact.
   static constexpr float kLn2High = 0x1.62ep-1F;
   static constexpr float kLn2Low = 0x1.0bfbe8p-15F;
-  // Below kLowest the exponential is 0 (and was less than the smallest normal number); above
-  // kHighest it is infinite.
+  // ln 2 as one number is off by 2.7e-9 of it, a twentieth of a rounding: enough where the product
+  // is not rounded.
+  static constexpr float kLn2 = 0x1.62e43p-1F;
+  static constexpr bool kOneStep = kHasFma;
+  // Below it the exponential is 0, and was less than the smallest normal number.
   static constexpr float kLowest = -88;
-  static constexpr float kHighest = 89;
   static constexpr int32_t kBitsOfSqrtHalf = 0x3f3504f3;
   // exp(x) = 1 + x + x^2 (c[0] + c[1] x + ...) to 3e-9 on |x| <= ln 2 / 2: a minimax fit.
   static constexpr float kExp[] = {0.499999934125F, 0.166665201078F, 0.0416683942109F,
@@ -32,10 +42,12 @@ template <>
 struct FloatBits<double> {
   static constexpr int kMantissa = 52;
   static constexpr int64_t kBias = 1023;
+  static constexpr double kLog2E = 1.44269504088896340736;
   static constexpr double kLn2High = 0x1.62e42fefa3800p-1;
   static constexpr double kLn2Low = 0x1.ef35793c76730p-45;
+  static constexpr double kLn2 = kLn2High + kLn2Low;
+  static constexpr bool kOneStep = false;  // this one is off by a third of a rounding
   static constexpr double kLowest = -709;
-  static constexpr double kHighest = 710;
   static constexpr int64_t kBitsOfSqrtHalf = 0x3fe6a09e667f3bcd;
   // As above, to 4e-18.
   static constexpr double kExp[] = {0.5000000000000010721,      0.16666666666666410235,
@@ -46,19 +58,25 @@ struct FloatBits<double> {
   static constexpr int kLogTerms = 11;
 };
 
-// exp(x) = 2^n exp(r) in two steps: n, then how to multiply by 2^n.
+// exp(x) = 2^n exp(r): how n is found, and how to multiply by 2^n.
 #if defined(OE_EXT_AVX512)
-// Two instructions, which leave infinite and subnormal results right.
+// One instruction each, which leave subnormal results right.
 template <typename T>
 class PowerOfTwo {
  public:
-  OE_EXT_INLINE explicit PowerOfTwo(Vec<T> exponent) : exponent_(round(exponent.raw)) {}
-
   OE_EXT_INLINE static Vec<T> clamp(Vec<T> x) {
     return larger(Vec<T>(FloatBits<T>::kLowest * T(1.25)), x);  // exp(-inf) without inf - inf
   }
+
+  PowerOfTwo() = default;
+  OE_EXT_INLINE explicit PowerOfTwo(Vec<T> x)
+      : exponent_(round((x * Vec<T>(FloatBits<T>::kLog2E)).raw)) {}
+
   OE_EXT_INLINE Vec<T> exponent() const { return exponent_; }
-  OE_EXT_INLINE Vec<T> times(Vec<T> x) const { return scale(x.raw, exponent_.raw); }
+  // 2^n (1 + x)
+  OE_EXT_INLINE Vec<T> times_one_plus(Vec<T> x) const {
+    return scale((x + Vec<T>(T(1))).raw, exponent_.raw);
+  }
 
  private:
   using Raw = typename Vec<T>::Raw;
@@ -85,16 +103,19 @@ class PowerOfTwo {
 template <typename T>
 class PowerOfTwo {
  public:
-  // Adding 1.5 * 2^mantissa rounds to an integer, which then stands in the low bits.
-  OE_EXT_INLINE explicit PowerOfTwo(Vec<T> exponent) : biased_(exponent + Vec<T>(kRound)) {}
+  OE_EXT_INLINE static Vec<T> clamp(Vec<T> x) { return larger(Vec<T>(FloatBits<T>::kLowest), x); }
 
-  OE_EXT_INLINE static Vec<T> clamp(Vec<T> x) {
-    return smaller(Vec<T>(FloatBits<T>::kHighest), larger(Vec<T>(FloatBits<T>::kLowest), x));
-  }
+  PowerOfTwo() = default;
+  // Adding 1.5 * 2^mantissa rounds to an integer, which then stands in the low bits.
+  OE_EXT_INLINE explicit PowerOfTwo(Vec<T> x)
+      : biased_(x * Vec<T>(FloatBits<T>::kLog2E) + Vec<T>(kRound)) {}
+
   OE_EXT_INLINE Vec<T> exponent() const { return biased_ - Vec<T>(kRound); }
-  OE_EXT_INLINE Vec<T> times(Vec<T> x) const {
+  // 2^n (1 + x)
+  OE_EXT_INLINE Vec<T> times_one_plus(Vec<T> x) const {
     const auto bits = (typename IntVec<T>::Raw)biased_.raw << FloatBits<T>::kMantissa;
-    return x * Vec<T>((typename Vec<T>::Raw)bits);
+    const Vec<T> power = (typename Vec<T>::Raw)bits;
+    return power * x + power;
   }
 
  private:
@@ -105,22 +126,82 @@ class PowerOfTwo {
 };
 #endif
 
-// exp(x), to about one unit in the last place. exp(-inf) is 0, exp(NaN) is NaN; a result below the
-// smallest normal number may be 0.
+// exp(r) - 1 of small numbers, step by step in all vectors: a step waits for the one before, and
+// what the processor has to do meanwhile are the same steps of the other vectors.
+template <int kCount>
+OE_EXT_INLINE void expm1_of_remainder(Vec<float> (&r)[kCount]) {
+  using V = Vec<float>;
+  constexpr auto& c = FloatBits<float>::kExp;
+  V r2[kCount];
+  V low[kCount];
+  V high[kCount];
+  for (int j = 0; j < kCount; ++j) {
+    r2[j] = r[j] * r[j];
+  }
+  for (int j = 0; j < kCount; ++j) {
+    high[j] = r[j] * V(c[3]) + V(c[2]);
+  }
+  for (int j = 0; j < kCount; ++j) {
+    low[j] = r[j] * V(c[1]) + V(c[0]);
+  }
+  for (int j = 0; j < kCount; ++j) {
+    high[j] = r2[j] * V(c[4]) + high[j];
+  }
+  for (int j = 0; j < kCount; ++j) {
+    low[j] = high[j] * r2[j] + low[j];
+  }
+  for (int j = 0; j < kCount; ++j) {
+    r[j] = low[j] * r2[j] + r[j];
+  }
+}
+
+template <int kCount>
+OE_EXT_INLINE void expm1_of_remainder(Vec<double> (&r)[kCount]) {
+  using V = Vec<double>;
+  constexpr auto& c = FloatBits<double>::kExp;
+  constexpr int kTerms = sizeof(c) / sizeof(c[0]);
+  V p[kCount];
+  for (int j = 0; j < kCount; ++j) {
+    p[j] = c[kTerms - 1];
+  }
+  for (int i = kTerms - 2; i >= 0; --i) {
+    for (int j = 0; j < kCount; ++j) {
+      p[j] = p[j] * r[j] + V(c[i]);
+    }
+  }
+  for (int j = 0; j < kCount; ++j) {
+    r[j] = p[j] * (r[j] * r[j]) + r[j];
+  }
+}
+
+// x becomes exp(x), to about one unit in the last place, of numbers that are not above 0: -inf
+// gives 0, NaN gives NaN, and a result below the smallest normal number may be 0.
+template <typename T, int kCount>
+OE_EXT_INLINE void exp_in_place(Vec<T> (&x)[kCount]) {
+  using Bits = FloatBits<T>;
+  PowerOfTwo<T> power[kCount];
+  for (int j = 0; j < kCount; ++j) {
+    x[j] = PowerOfTwo<T>::clamp(x[j]);
+  }
+  for (int j = 0; j < kCount; ++j) {
+    power[j] = PowerOfTwo<T>(x[j]);
+  }
+  for (int j = 0; j < kCount; ++j) {
+    const Vec<T> n = power[j].exponent();
+    x[j] = Bits::kOneStep ? x[j] - n * Vec<T>(Bits::kLn2)
+                          : x[j] - n * Vec<T>(Bits::kLn2High) - n * Vec<T>(Bits::kLn2Low);
+  }
+  expm1_of_remainder(x);
+  for (int j = 0; j < kCount; ++j) {
+    x[j] = power[j].times_one_plus(x[j]);
+  }
+}
+
 template <typename T>
 OE_EXT_INLINE Vec<T> exp(Vec<T> x) {
-  using Bits = FloatBits<T>;
-  x = PowerOfTwo<T>::clamp(x);
-  const PowerOfTwo<T> power(x * Vec<T>(T(1.44269504088896340736)));
-  const Vec<T> n = power.exponent();
-  const Vec<T> r = x - n * Vec<T>(Bits::kLn2High) - n * Vec<T>(Bits::kLn2Low);
-  constexpr int kTerms = sizeof(Bits::kExp) / sizeof(T);
-  Vec<T> p = Bits::kExp[kTerms - 1];
-  for (int i = kTerms - 2; i >= 0; --i) {
-    p = p * r + Vec<T>(Bits::kExp[i]);
-  }
-  p = p * r + Vec<T>(T(1));
-  return power.times(p * r + Vec<T>(T(1)));
+  Vec<T> values[1] = {x};
+  exp_in_place(values);
+  return values[0];
 }
 
 // log(x) of 0, of a positive normal number, or of NaN, to about one unit in the last place.
