@@ -113,7 +113,7 @@ struct ForwardArgs {
   acc_t* row_sum_exp = nullptr;        // for the backward; or null
   LossOutput<acc_t> output;
   // The gradient for an upstream gradient of 1; or null. Not for none.
-  RowLayout grad_layout;
+  RowLayout grad_layout;  // with num_outer and num_inner of layout
   scalar_t* grad_logits = nullptr;
 
   // Must the rows be counted before the first gradient can be written?
@@ -173,7 +173,7 @@ template <typename scalar_t, typename acc_t>
 struct BackwardArgs {
   RowLayout layout;
   const scalar_t* logits = nullptr;
-  RowLayout grad_layout;
+  RowLayout grad_layout;  // with num_outer and num_inner of layout
   scalar_t* grad_logits = nullptr;
   Labels labels;
   Alpha<acc_t> alpha;

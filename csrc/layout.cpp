@@ -2,6 +2,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+
 namespace oe_ext {
 namespace {
 
@@ -23,6 +25,16 @@ struct Axis {
     return true;
   }
 };
+
+void cut(RowLayout& layout, int64_t num_outer) {
+  if (layout.num_outer == num_outer) {
+    return;
+  }
+  TORCH_INTERNAL_ASSERT(layout.num_outer == 1, "the outer axis is the batch, or nothing");
+  layout.num_outer = num_outer;
+  layout.num_inner /= num_outer;
+  layout.outer_stride = layout.num_inner * layout.inner_stride;
+}
 
 RowView contiguous_view(const at::Tensor& tensor) {
   const std::optional<RowLayout> layout = row_layout(tensor);
@@ -60,6 +72,12 @@ std::optional<RowLayout> row_layout(const at::Tensor& logits) {
     layout.inner_stride = spatial.stride;
   }
   return layout;
+}
+
+void cut_alike(RowLayout& logits, RowLayout& grad) {
+  const int64_t num_outer = std::max(logits.num_outer, grad.num_outer);
+  cut(logits, num_outer);
+  cut(grad, num_outer);
 }
 
 RowView rows_to_read(const at::Tensor& logits) {

@@ -13,6 +13,10 @@ namespace oe_ext {
 // axes with a stride each (a crop of an image, say).
 std::optional<RowLayout> row_layout(const at::Tensor& logits);
 
+// Cuts the rows of both into as many outer ones. A layout that one stride walks through need not be
+// that of a gradient, where classes of the logits lie at the same place.
+void cut_alike(RowLayout& logits, RowLayout& grad);
+
 struct RowView {
   at::Tensor tensor;
   RowLayout layout;

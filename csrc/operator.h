@@ -235,6 +235,7 @@ struct Operator {
           }
           if (output.has_value()) {
             args.grad_layout = output->layout;
+            cut_alike(args.layout, args.grad_layout);
             args.grad_logits = output->tensor.template mutable_data_ptr<scalar_t>();
           }
           check_labels(Backend::forward(args), inputs.labels(), target);
@@ -274,6 +275,7 @@ struct Operator {
           BackwardArgs<scalar_t, acc_t> args;
           inputs.fill(args);
           args.grad_layout = output.layout;
+          cut_alike(args.layout, args.grad_layout);
           args.grad_logits = output.tensor.template mutable_data_ptr<scalar_t>();
           args.grad = upstream.template per_row<acc_t>();
           args.row_max = maxima.template const_data_ptr<acc_t>();

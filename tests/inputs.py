@@ -81,6 +81,11 @@ def _expanded(x: Tensor) -> Tensor:
     return x[:1].expand(x.shape)
 
 
+def _one_class(x: Tensor) -> Tensor:
+    """One class for all: one stride walks all rows, but not those of the gradient."""
+    return x[:, :1].contiguous().expand(x.shape)
+
+
 def _cropped(x: Tensor) -> Tensor:
     """The inside of a larger image: no single stride over its pixels."""
     if x.dim() < 4:
@@ -97,7 +102,8 @@ LAYOUTS = {
     "sliced": _sliced,
     "strided": _strided,
     "expanded": _expanded,
+    "one class": _one_class,
     "cropped": _cropped,
 }
 # Those that DESIGN promises to read without a copy.
-UNCOPIED_LAYOUTS = ["contiguous", "channels_last", "sliced", "strided", "expanded"]
+UNCOPIED_LAYOUTS = ["contiguous", "channels_last", "sliced", "strided", "expanded", "one class"]
