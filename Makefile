@@ -11,7 +11,7 @@ SOURCES := setup.py pyproject.toml oe_ext/_build.py \
 BUILT := $(VENV)/built-torch-$(TORCH)
 CUDA_TOOLS := $(VENV)/cuda-tools
 
-.PHONY: demo test test-cpp test-levels test-packaging test-mutants test-nvcc test-cuda bench bench-cuda instructions \
+.PHONY: demo test test-cpp test-sanitizers test-asan-python test-levels test-packaging test-mutants test-nvcc test-cuda bench bench-cuda instructions \
         ptx sass-report cuda-model lint format build clean
 
 demo: $(BUILT)  ## train on real data, with and without Outlier Exposure
@@ -27,6 +27,28 @@ test-cpp: $(BUILT)  ## the C++ tests, through CMake and ctest
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch.utils as u; print(u.cmake_prefix_path)')"
 	cmake --build build/cmake
 	ctest --test-dir build/cmake --output-on-failure
+
+test-sanitizers: $(BUILT)  ## the C++ tests, the CUDA kernels' too, with ASan and UBSan, and with TSan
+	test -f /usr/include/gtest/gtest.h || (apt-get update -qq && apt-get install -y -qq libgtest-dev)
+	for preset in asan-ubsan tsan; do \
+	  PATH="$(abspath $(BIN)):$$PATH" cmake --preset $$preset \
+	    -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch.utils as u; print(u.cmake_prefix_path)')" && \
+	  cmake --build --preset $$preset && ctest --preset $$preset -j2 || exit 1; \
+	done
+
+# Python is not compiled with it, so its library is loaded first; libstdc++ too, whose throw it
+# replaces. What Python and torch never free is not ours to count.
+ASAN_LIBRARY = build/asan-python
+test-asan-python: $(BUILT)  ## Python tests of the CPU operators, compiled with ASan and UBSan: minutes
+	PATH="$(abspath $(BIN)):$$PATH" LDFLAGS="-fsanitize=address,undefined" \
+	  CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
+	  $(BIN)/python setup.py -q build_ext --build-temp $(ASAN_LIBRARY)/temp --build-lib $(ASAN_LIBRARY)/lib \
+	  build_py --build-lib $(ASAN_LIBRARY)/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(ASAN_LIBRARY)/lib \
+	  $(BIN)/python -m pytest -q -k "not simt" tests/test_values.py tests/test_layouts.py tests/test_edges.py \
+	    tests/test_errors.py tests/test_autograd.py tests/test_unit_gradient.py tests/test_stats.py \
+	    tests/test_vmap.py tests/test_module.py tests/test_cpu_kernels.py $(ARGS)
 
 # As the tests do, but with the kernels of lesser processors.
 test-levels: $(BUILT)  ## the CPU tests at every capability below this processor's: a minute or two

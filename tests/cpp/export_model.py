@@ -39,9 +39,7 @@ def main() -> None:
     model = Scorer().eval()
     with torch.no_grad():
         batch = torch.export.Dim("batch")
-        program = torch.export.export(
-            model, (torch.randn(4, 6),), dynamic_shapes=({0: batch},)
-        )
+        program = torch.export.export(model, (torch.randn(4, 6),), dynamic_shapes=({0: batch},))
         torch._inductor.aoti_compile_and_package(program, package_path=model_path)
         features = torch.randn(9, 6)  # another batch size
         torch.jit.script(Tensors(features=features, expected=model(features))).save(inputs_path)

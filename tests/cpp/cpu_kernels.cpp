@@ -1,0 +1,62 @@
+// The kernels of csrc/cpu, on threads of the standard library's instead of OpenMP's.
+//
+// ThreadSanitizer knows what a std::thread waits for, and not what a thread of libgomp does, which
+// is not compiled with it: there, every barrier looks like a race. This definition comes before
+// libtorch's, in the linker's order.
+#include "cpu_kernels.h"
+
+#include <torch/csrc/stable/c/shim.h>
+
+#include <algorithm>
+#include <thread>
+#include <vector>
+
+#include "cpu/launch.h"
+#include "kernels.h"
+
+namespace oe_ext::testing {
+
+int64_t num_threads = 2;
+bool threads_overlap = false;
+
+}  // namespace oe_ext::testing
+
+AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc body,
+                                  void* context) {
+  using namespace oe_ext::testing;
+  const int64_t most = (end - begin + grain - 1) / grain;
+  const int64_t size =
+      (end - begin + std::min(num_threads, most) - 1) / std::min(num_threads, most);
+  std::vector<std::thread> threads;
+  for (int64_t first = begin; first < end; first += size) {
+    const int64_t last = threads_overlap ? end : std::min(first + size, end);
+    threads.emplace_back([=] { body(first, last, context); });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  return 0;
+}
+
+namespace oe_ext::testing {
+
+template <typename scalar_t, typename acc_t>
+int64_t run(const ForwardArgs<scalar_t, acc_t>& args) {
+  return cpu::forward(args);
+}
+
+template <typename scalar_t, typename acc_t>
+int64_t run(const BackwardArgs<scalar_t, acc_t>& args) {
+  return cpu::backward(args);
+}
+
+#define OE_EXT_INSTANTIATE(scalar_t, acc_t)                  \
+  template int64_t run(const ForwardArgs<scalar_t, acc_t>&); \
+  template int64_t run(const BackwardArgs<scalar_t, acc_t>&)
+OE_EXT_INSTANTIATE(double, double);
+OE_EXT_INSTANTIATE(float, float);
+OE_EXT_INSTANTIATE(c10::Half, float);
+OE_EXT_INSTANTIATE(c10::BFloat16, float);
+#undef OE_EXT_INSTANTIATE
+
+}  // namespace oe_ext::testing

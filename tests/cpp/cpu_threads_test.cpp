@@ -1,0 +1,126 @@
+// What only the CPU kernels promise: the same bits from any number of threads, and the first label
+// that is not legal. Under ThreadSanitizer also that no two threads touch the same memory.
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "cpu_kernels.h"
+#include "kernel_problem.h"
+#include "kernels.h"
+
+namespace oe_ext::testing {
+namespace {
+
+// The outputs of one forward and backward.
+struct Outputs {
+  explicit Outputs(const Problem<float>& problem)
+      : loss(1),
+        counts(2, -1),
+        max(problem.shape.rows()),
+        sum_exp(problem.shape.rows()),
+        unit_gradient(problem.logits.size()),
+        gradient(problem.logits.size()) {}
+
+  void compute(const Problem<float>& problem) {
+    auto forward = problem.inputs<ForwardArgs<float, float>>(Reduction::kGroupMean, false);
+    forward.output = {loss.data(), counts.data()};
+    forward.row_max = max.data();
+    forward.row_sum_exp = sum_exp.data();
+    forward.grad_layout = problem.layout;
+    forward.grad_logits = unit_gradient.data();
+    ASSERT_EQ(run(forward), -1);
+    const float upstream = 3;
+    auto backward = problem.inputs<BackwardArgs<float, float>>(Reduction::kGroupMean, false);
+    backward.grad = {&upstream, 0};
+    backward.row_max = max.data();
+    backward.row_sum_exp = sum_exp.data();
+    backward.counts = counts.data();
+    backward.grad_layout = problem.layout;
+    backward.grad_logits = gradient.data();
+    ASSERT_EQ(run(backward), -1);
+  }
+
+  bool has_bits_of(const Outputs& other) const {
+    return loss.has_bits_of(other.loss) && counts.has_bits_of(other.counts) &&
+           max.has_bits_of(other.max) && sum_exp.has_bits_of(other.sum_exp) &&
+           unit_gradient.has_bits_of(other.unit_gradient) && gradient.has_bits_of(other.gradient);
+  }
+
+  Buffer<float> loss;
+  Buffer<int64_t> counts;
+  Buffer<float> max;
+  Buffer<float> sum_exp;
+  Buffer<float> unit_gradient;
+  Buffer<float> gradient;
+};
+
+Outputs outputs_of(const Problem<float>& problem, int64_t threads) {
+  num_threads = threads;
+  Outputs outputs(problem);
+  outputs.compute(problem);
+  return outputs;
+}
+
+// Several tasks each: more logits than a thread is started for, and in the last one more labels,
+// which are counted by threads of their own.
+const std::pair<Shape, Layout> kProblems[] = {
+    {{1, 3001, 65}, Layout::kRows},   {{3, 3001, 19}, Layout::kPixels},
+    {{3, 3001, 19}, Layout::kImages}, {{1, 7, 40009}, Layout::kRows},
+    {{1, 600001, 3}, Layout::kRows},
+};
+
+TEST(Threads, AnyNumberGivesTheSameBits) {
+  for (const auto& [shape, layout] : kProblems) {
+    const Problem<float> problem(shape, layout, LabelType::kInt64);
+    const Outputs expected = outputs_of(problem, 1);
+    for (const int64_t threads : {2, 3, 8}) {
+      EXPECT_TRUE(outputs_of(problem, threads).has_bits_of(expected)) << threads << " threads";
+    }
+  }
+}
+
+// More than 32 MiB, so that the pages of the gradient are populated first.
+TEST(Threads, LargeGradient) {
+  const Problem<float> problem({1, 9001, 1031}, Layout::kRows, LabelType::kInt16);
+  EXPECT_TRUE(outputs_of(problem, 4).has_bits_of(outputs_of(problem, 1)));
+}
+
+TEST(Threads, TwoCallersAtOnce) {
+  const Problem<float> problem({3, 3001, 19}, Layout::kPixels, LabelType::kInt64);
+  const Outputs expected = outputs_of(problem, 2);
+  Outputs first(problem);
+  Outputs second(problem);
+  std::thread other([&] { second.compute(problem); });
+  first.compute(problem);
+  other.join();
+  EXPECT_TRUE(first.has_bits_of(expected));
+  EXPECT_TRUE(second.has_bits_of(expected));
+}
+
+TEST(Labels, TheFirstIllegalOneIsReported) {
+  num_threads = 3;
+  for (const bool counts_first : {false, true}) {
+    Problem<float> problem({1, 3001, 65}, Layout::kRows, LabelType::kInt64);
+    auto* const labels = static_cast<int64_t*>(const_cast<void*>(problem.labels.labels.data));
+    labels[1234] = 65;
+    labels[1235] = std::numeric_limits<int64_t>::max();
+    labels[2999] = 65;
+    auto args = problem.inputs<ForwardArgs<float, float>>(Reduction::kMean, false);
+    Buffer<float> loss(1);
+    Buffer<int64_t> counts(2, -1);
+    Buffer<float> gradient(problem.logits.size());
+    args.output = {loss.data(), counts.data()};
+    args.grad_layout = problem.layout;
+    args.grad_logits = counts_first ? gradient.data() : nullptr;
+    EXPECT_EQ(run(args), 1234);
+  }
+}
+
+// ThreadSanitizer must find this one (CMakeLists.txt).
+TEST(Threads, DISABLED_PlantedRace) {
+  threads_overlap = true;
+  outputs_of(Problem<float>({1, 3001, 65}, Layout::kRows, LabelType::kInt64), 2);
+}
+
+}  // namespace
+}  // namespace oe_ext::testing

@@ -1,0 +1,254 @@
+// Inputs and outputs of a kernel in raw memory, and the loss by its definition, in double.
+//
+// Each buffer is an allocation of its own and ends with its last element, so that AddressSanitizer
+// sees the first byte beyond it. What a kernel should write starts as NaN, and what lies between
+// the strides of a gradient as a mark that must survive.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernel_args.h"
+
+namespace oe_ext::testing {
+
+constexpr int64_t kIgnore = -100;
+constexpr int64_t kOutlier = 101;  // where the labels are unsigned
+
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size, T value = std::numeric_limits<T>::quiet_NaN())
+      : size_(size), data_(std::make_unique<T[]>(size)) {
+    std::fill_n(data(), size, value);
+  }
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  int64_t size() const { return size_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+  bool has_bits_of(const Buffer& other) const {
+    return size_ == other.size_ && std::memcmp(data(), other.data(), size_ * sizeof(T)) == 0;
+  }
+
+ private:
+  int64_t size_;
+  std::unique_ptr<T[]> data_;
+};
+
+enum class Layout {
+  kRows,         // [row][class]
+  kSliced,       // the same, of rows that are wider
+  kEverySecond,  // every second class of rows twice as wide
+  kImages,       // rows, in images that do not follow one another
+  kPixels,       // [image][class][pixel]
+  kOneRow,       // one row for all: to read
+};
+
+struct Shape {
+  int64_t images;
+  int64_t pixels;
+  int64_t classes;
+
+  int64_t rows() const { return images * pixels; }
+};
+
+inline RowLayout make_layout(Layout kind, Shape shape) {
+  const int64_t classes = shape.classes;
+  RowLayout layout;
+  layout.num_outer = shape.images;
+  layout.num_inner = shape.pixels;
+  layout.num_classes = classes;
+  layout.inner_stride = classes;
+  layout.class_stride = 1;
+  if (kind == Layout::kSliced) {
+    layout.inner_stride = classes + 3;
+  } else if (kind == Layout::kEverySecond) {
+    layout.inner_stride = 2 * classes;
+    layout.class_stride = 2;
+  } else if (kind == Layout::kOneRow) {
+    layout.inner_stride = 0;
+  }
+  layout.outer_stride = shape.pixels * layout.inner_stride + (kind == Layout::kImages ? 5 : 0);
+  if (kind == Layout::kPixels) {
+    layout.outer_stride = shape.pixels * classes;
+    layout.inner_stride = 1;
+    layout.class_stride = shape.pixels;
+  }
+  return layout;
+}
+
+// From the first element to the last.
+inline int64_t extent(const RowLayout& layout) {
+  if (layout.num_rows() == 0) {
+    return 0;
+  }
+  return (layout.num_outer - 1) * layout.outer_stride +
+         (layout.num_inner - 1) * layout.inner_stride +
+         (layout.num_classes - 1) * layout.class_stride + 1;
+}
+
+inline std::vector<bool> elements_of(const RowLayout& layout) {
+  std::vector<bool> is_element(extent(layout));
+  for (int64_t row = 0; row < layout.num_rows(); ++row) {
+    for (int64_t cls = 0; cls < layout.num_classes; ++cls) {
+      is_element[layout.row_offset(row) + layout.class_offset(cls)] = true;
+    }
+  }
+  return is_element;
+}
+
+template <typename T>
+bool is_nan(T x) {
+  return std::isnan(static_cast<double>(x));
+}
+
+// Labels in their own type, of every kind.
+class LabelBuffer {
+ public:
+  LabelBuffer(LabelType type, Shape shape, std::mt19937& random)
+      : is_unsigned_(type == LabelType::kUInt8) {
+    labels.type = type;
+    labels.rule.num_classes = shape.classes;
+    labels.rule.has_ignore_index = true;
+    labels.rule.ignore_index = is_unsigned_ ? 255 : kIgnore;
+    labels.rule.has_ood_index = is_unsigned_;
+    labels.rule.ood_index = kOutlier;
+    size_t size = sizeof(int64_t);
+    size = type == LabelType::kInt32 ? sizeof(int32_t) : size;
+    size = type == LabelType::kInt16 ? sizeof(int16_t) : size;
+    size = type == LabelType::kInt8 || is_unsigned_ ? sizeof(int8_t) : size;
+    memory_ = std::make_unique<char[]>(shape.rows() * size);
+    labels.data = memory_.get();
+    // What the type can hold, beside the marks.
+    const int64_t highest = std::min<int64_t>(shape.classes - 1, size == 1 ? 100 : 30000);
+    for (int64_t row = 0; row < shape.rows(); ++row) {
+      const auto kind = random() % 8;
+      const int64_t outlier = is_unsigned_ ? kOutlier : -1 - static_cast<int64_t>(random() % 90);
+      const int64_t inlier = static_cast<int64_t>(random() % (highest + 1));
+      const int64_t label = kind == 0 ? labels.rule.ignore_index : (kind < 4 ? outlier : inlier);
+      std::memcpy(memory_.get() + row * size, &label, size);  // little-endian
+    }
+  }
+
+  RowKind kind(int64_t row) const { return labels.rule.kind(labels[row]); }
+
+  Labels labels;
+
+ private:
+  bool is_unsigned_;
+  std::unique_ptr<char[]> memory_;
+};
+
+// What a row's loss and gradient are, by definition.
+struct Expected {
+  double max = 0;
+  double sum_exp = 0;
+  double cross_entropy = 0;
+};
+
+template <typename scalar_t>
+class Problem {
+ public:
+  using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+  Problem(Shape shape, Layout layout, LabelType label_type, unsigned seed = 1)
+      : random_(seed),
+        shape(shape),
+        layout(make_layout(layout, shape)),
+        logits(extent(this->layout)),
+        labels(label_type, shape, random_),
+        alphas(shape.rows()),
+        upstream(shape.rows()) {
+    std::normal_distribution<double> normal(0, 3);
+    for (int64_t row = 0; row < shape.rows(); ++row) {
+      alphas[row] = static_cast<acc_t>(0.25 + 0.5 * (row % 3));
+      upstream[row] = static_cast<acc_t>(1 + row % 5);
+      // Nothing of an ignored row may be looked at.
+      if (layout != Layout::kOneRow && labels.kind(row) == RowKind::kIgnored) {
+        continue;
+      }
+      for (int64_t cls = 0; cls < shape.classes; ++cls) {
+        at(row, cls) = static_cast<scalar_t>(normal(random_));
+      }
+    }
+  }
+
+  scalar_t& at(int64_t row, int64_t cls) {
+    return logits[layout.row_offset(row) + layout.class_offset(cls)];
+  }
+
+  Expected expected(int64_t row) {
+    Expected result;
+    result.max = -std::numeric_limits<double>::infinity();
+    double mean = 0;
+    for (int64_t cls = 0; cls < shape.classes; ++cls) {
+      const auto x = static_cast<double>(at(row, cls));
+      result.max = std::max(result.max, x);
+      mean += x / static_cast<double>(shape.classes);
+    }
+    for (int64_t cls = 0; cls < shape.classes; ++cls) {
+      result.sum_exp += std::exp(static_cast<double>(at(row, cls)) - result.max);
+    }
+    const bool inlier = labels.kind(row) == RowKind::kInlier;
+    const double q_x = inlier ? static_cast<double>(at(row, labels.labels[row])) : mean;
+    result.cross_entropy = std::log(result.sum_exp) + result.max - q_x;
+    return result;
+  }
+
+  // softmax - q
+  double expected_gradient(int64_t row, int64_t cls, const Expected& of_row) {
+    const double softmax =
+        std::exp(static_cast<double>(at(row, cls)) - of_row.max) / of_row.sum_exp;
+    const bool inlier = labels.kind(row) == RowKind::kInlier;
+    const double one_hot = cls == labels.labels[row] ? 1 : 0;
+    return softmax - (inlier ? one_hot : 1 / static_cast<double>(shape.classes));
+  }
+
+  GroupCounts counts() const {
+    GroupCounts result;
+    for (int64_t row = 0; row < shape.rows(); ++row) {
+      result.add(labels.kind(row));
+    }
+    return result;
+  }
+
+  // What forward and backward have in common.
+  template <typename Args>
+  Args inputs(Reduction reduction, bool alpha_of_each_row) const {
+    Args args;
+    args.layout = layout;
+    args.logits = logits.data();
+    args.labels = labels.labels;
+    args.reduction = reduction;
+    args.alpha.value = acc_t(0.5);
+    if (alpha_of_each_row) {
+      args.alpha.values = {alphas.data(), 1};
+    }
+    return args;
+  }
+
+ private:
+  std::mt19937 random_;
+
+ public:
+  Shape shape;
+  RowLayout layout;
+  Buffer<scalar_t> logits;
+  LabelBuffer labels;
+  Buffer<acc_t> alphas;
+  Buffer<acc_t> upstream;
+};
+
+}  // namespace oe_ext::testing

@@ -1,0 +1,15 @@
+// The kernels under test: those of csrc/cpu (cpu_kernels.cpp), or those of csrc/cuda with each CUDA
+// thread a fiber (simt_kernels.cpp). Both return the first row whose label is not legal, or -1.
+#pragma once
+
+#include "kernel_args.h"
+
+namespace oe_ext::testing {
+
+template <typename scalar_t, typename acc_t>
+int64_t run(const ForwardArgs<scalar_t, acc_t>& args);
+
+template <typename scalar_t, typename acc_t>
+int64_t run(const BackwardArgs<scalar_t, acc_t>& args);
+
+}  // namespace oe_ext::testing

@@ -1,0 +1,297 @@
+// The kernels on raw memory, in each dtype, reduction and layout, against the definition; and that
+// they touch nothing beside their arguments. Compiled for each backend (kernels.h).
+#include "kernels.h"
+
+#include <gtest/gtest.h>
+
+#include "kernel_problem.h"
+
+namespace oe_ext::testing {
+namespace {
+
+// Fibers are slow: they take one problem in so many.
+#ifdef SIMT_CPU
+constexpr size_t kEvery = 17;
+#else
+constexpr size_t kEvery = 1;
+#endif
+
+constexpr Reduction kReductions[] = {Reduction::kNone, Reduction::kSum, Reduction::kMean,
+                                     Reduction::kGroupMean};
+constexpr LabelType kLabelTypes[] = {LabelType::kInt64, LabelType::kInt32, LabelType::kInt16,
+                                     LabelType::kInt8, LabelType::kUInt8};
+
+// Of the logits and of the gradient.
+constexpr std::pair<Layout, Layout> kLayouts[] = {
+    {Layout::kRows, Layout::kRows},        {Layout::kPixels, Layout::kPixels},
+    {Layout::kSliced, Layout::kRows},      {Layout::kImages, Layout::kImages},
+    {Layout::kEverySecond, Layout::kRows}, {Layout::kEverySecond, Layout::kEverySecond},
+    {Layout::kRows, Layout::kPixels},      {Layout::kPixels, Layout::kRows},
+    {Layout::kSliced, Layout::kSliced},    {Layout::kOneRow, Layout::kRows},
+};
+
+// One class; around a vector of each width; the last walk along rows and the first along classes;
+// around a tile of rows; rows of several tiles.
+constexpr Shape kShapes[] = {
+    {1, 1, 1},   {1, 1, 2},   {2, 5, 1},    {3, 7, 3},    {1, 15, 8},
+    {2, 33, 16}, {1, 17, 17}, {1, 257, 10}, {2, 40, 63},  {2, 40, 64},
+    {1, 40, 65}, {2, 9, 129}, {1, 31, 31},  {1, 5, 1031}, {0, 1, 4},
+};
+
+// Rows longer than a CPU tile's scratch memory and than a GPU block's shared memory; pixels whose
+// classes do not fit one either.
+constexpr Shape kLargeShapes[] = {{1, 2, 33000}, {1, 2, 70001}, {1, 19, 4999}};
+
+double unit_in_last_place(double x, double epsilon) { return epsilon * std::max(1.0, std::abs(x)); }
+
+template <typename T>
+class Kernels : public ::testing::Test {
+ protected:
+  using scalar_t = T;
+  using acc_t = typename Problem<T>::acc_t;
+
+  static constexpr double kEpsilon = std::numeric_limits<acc_t>::epsilon();
+  static constexpr acc_t kAlpha = acc_t(0.5);
+  const scalar_t kUntouched = scalar_t(-77.0F);
+
+  // One problem through the forward and every way to its gradient.
+  void check(Shape shape, std::pair<Layout, Layout> layouts, LabelType label_type) {
+    Problem<T> problem(shape, layouts.first, label_type);
+    std::vector<Expected> expected;
+    for (int64_t row = 0; row < shape.rows(); ++row) {
+      const bool ignored = problem.labels.kind(row) == RowKind::kIgnored;
+      expected.push_back(ignored ? Expected() : problem.expected(row));
+    }
+    for (const Reduction reduction : kReductions) {
+      for (const bool alpha_of_each_row : {false, true}) {
+        SCOPED_TRACE(::testing::Message()
+                     << shape.images << "x" << shape.pixels << " rows of " << shape.classes
+                     << ", layouts " << int(layouts.first) << " and " << int(layouts.second)
+                     << ", labels " << int(label_type) << ", reduction " << int(reduction)
+                     << (alpha_of_each_row ? ", an alpha for each row" : ""));
+        check(problem, expected, layouts.second, reduction, alpha_of_each_row);
+      }
+    }
+  }
+
+ private:
+  void check(Problem<T>& problem, const std::vector<Expected>& expected, Layout grad_layout,
+             Reduction reduction, bool alpha_of_each_row) {
+    const int64_t num_rows = problem.shape.rows();
+    const bool reduces = reduction != Reduction::kNone;
+    const GroupCounts counts = problem.counts();
+    const RowLayout gradients = make_layout(grad_layout, problem.shape);
+
+    // What follows from the definition, for each row: its weight and its divisor.
+    std::vector<double> weights;
+    std::vector<double> losses;
+    GroupSums sums;
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const RowKind kind = problem.labels.kind(row);
+      const acc_t alpha = alpha_of_each_row ? problem.alphas[row] : kAlpha;
+      const double weight =
+          kind == RowKind::kInlier ? 1 : (kind == RowKind::kOutlier ? double(alpha) : 0);
+      weights.push_back(weight / double(reduction_divisor(reduction, kind, counts)));
+      losses.push_back(weight * expected[row].cross_entropy);
+      sums.add(kind, losses.back());
+    }
+
+    // An inference: the loss alone. Then with all that is kept for the backward.
+    for (const bool keeps : {false, true}) {
+      auto args =
+          problem.template inputs<ForwardArgs<scalar_t, acc_t>>(reduction, alpha_of_each_row);
+      Buffer<acc_t> loss(reduces ? 1 : num_rows);
+      Buffer<int64_t> loss_counts(2, -1);
+      Buffer<acc_t> max(num_rows);
+      Buffer<acc_t> sum_exp(num_rows);
+      Buffer<acc_t> cross_entropy(num_rows);
+      Buffer<scalar_t> unit_gradient(extent(gradients), kUntouched);
+      if (reduces) {
+        args.output = {loss.data(), loss_counts.data()};
+      } else {
+        args.row_loss = loss.data();
+      }
+      if (keeps) {
+        args.row_max = max.data();
+        args.row_sum_exp = sum_exp.data();
+        args.row_cross_entropy = alpha_of_each_row ? cross_entropy.data() : nullptr;
+        args.grad_logits = reduces ? unit_gradient.data() : nullptr;
+        args.grad_layout = gradients;
+      }
+      ASSERT_EQ(run(args), -1);
+      check_loss(loss, losses, sums, reduction);
+      if (reduces) {
+        EXPECT_EQ(loss_counts[0], counts.inliers);
+        EXPECT_EQ(loss_counts[1], counts.outliers);
+      }
+      if (!keeps || num_rows == 0) {
+        continue;
+      }
+      check_cross_entropies(problem, cross_entropy, expected, alpha_of_each_row);
+      if (reduces) {
+        check_gradient(problem, expected, weights, unit_gradient, gradients, 1);
+      }
+      auto backward =
+          problem.template inputs<BackwardArgs<scalar_t, acc_t>>(reduction, alpha_of_each_row);
+      backward.row_max = max.data();
+      backward.row_sum_exp = sum_exp.data();
+      backward.counts = reduces ? loss_counts.data() : nullptr;
+      check_backward(problem, expected, weights, backward, unit_gradient, gradients);
+    }
+  }
+
+  // From the logits; and, where there is one, in the place of the gradient for 1.
+  void check_backward(Problem<T>& problem, const std::vector<Expected>& expected,
+                      const std::vector<double>& weights, BackwardArgs<scalar_t, acc_t>& args,
+                      Buffer<scalar_t>& unit_gradient, const RowLayout& gradients) {
+    const Buffer<acc_t> one_upstream(1, acc_t(3));
+    Buffer<scalar_t> gradient(extent(gradients), kUntouched);
+    const bool reduces = args.reduction != Reduction::kNone;
+    args.grad =
+        reduces ? PerRow<acc_t>{one_upstream.data(), 0} : PerRow<acc_t>{problem.upstream.data(), 1};
+    args.grad_layout = gradients;
+    args.grad_logits = gradient.data();
+    ASSERT_EQ(run(args), -1);
+    check_gradient(problem, expected, weights, gradient, gradients, reduces ? 3 : 0);
+    if (reduces) {
+      args.grad_logits = unit_gradient.data();
+      args.has_unit_gradient = true;
+      ASSERT_EQ(run(args), -1);
+      EXPECT_TRUE(unit_gradient.has_bits_of(gradient));
+    }
+  }
+
+  void check_loss(const Buffer<acc_t>& loss, const std::vector<double>& losses,
+                  const GroupSums& sums, Reduction reduction) {
+    if (reduction == Reduction::kNone) {
+      for (int64_t row = 0; row < loss.size(); ++row) {
+        ASSERT_NEAR(loss[row], losses[row], 16 * unit_in_last_place(losses[row], kEpsilon));
+      }
+      return;
+    }
+    const double expected = sums.reduce(reduction, static_cast<int64_t>(losses.size()));
+    if (std::isnan(expected)) {
+      EXPECT_TRUE(is_nan(loss[0]));
+    } else {
+      EXPECT_NEAR(loss[0], expected, 16 * unit_in_last_place(expected, kEpsilon));
+    }
+  }
+
+  void check_cross_entropies(const Problem<T>& problem, const Buffer<acc_t>& actual,
+                             const std::vector<Expected>& expected, bool written) {
+    for (int64_t row = 0; row < actual.size(); ++row) {
+      if (!written) {
+        ASSERT_TRUE(is_nan(actual[row]));
+      } else if (problem.labels.kind(row) != RowKind::kIgnored) {
+        const double value = expected[row].cross_entropy;
+        ASSERT_NEAR(actual[row], value, 16 * unit_in_last_place(value, kEpsilon));
+      } else {
+        ASSERT_EQ(actual[row], 0);
+      }
+    }
+  }
+
+  // `upstream` is 0 where each row has its own.
+  void check_gradient(Problem<T>& problem, const std::vector<Expected>& expected,
+                      const std::vector<double>& weights, const Buffer<scalar_t>& actual,
+                      const RowLayout& layout, double upstream) {
+    const double stored_epsilon = std::numeric_limits<scalar_t>::epsilon();
+    const auto least = static_cast<double>(std::numeric_limits<scalar_t>::denorm_min());
+    for (int64_t row = 0; row < layout.num_rows(); ++row) {
+      const bool ignored = problem.labels.kind(row) == RowKind::kIgnored;
+      const double scale = upstream != 0 ? upstream : double(problem.upstream[row]);
+      for (int64_t cls = 0; cls < layout.num_classes; ++cls) {
+        const auto at = layout.row_offset(row) + layout.class_offset(cls);
+        const double value =
+            ignored ? 0 : scale * weights[row] * problem.expected_gradient(row, cls, expected[row]);
+        const double tolerance = ignored ? 0
+                                         : 16 * kEpsilon * scale * weights[row] +
+                                               stored_epsilon * std::abs(value) + least;
+        ASSERT_NEAR(static_cast<double>(actual[at]), value, tolerance) << row << ", " << cls;
+      }
+    }
+    const std::vector<bool> is_element = elements_of(layout);
+    for (int64_t i = 0; i < actual.size(); ++i) {
+      if (!is_element[i]) {
+        ASSERT_EQ(actual[i], kUntouched) << "written between the rows, at " << i;
+      }
+    }
+  }
+};
+
+using Dtypes = ::testing::Types<double, float, c10::Half, c10::BFloat16>;
+TYPED_TEST_SUITE(Kernels, Dtypes);
+
+TYPED_TEST(Kernels, ShapesAndLayouts) {
+  size_t number = 0;
+  for (const Shape shape : kShapes) {
+    for (const auto& layouts : kLayouts) {
+      if (shape.rows() == 0 && layouts.first != Layout::kRows) {
+        continue;
+      }
+      if (number++ % kEvery == 0) {
+        this->check(shape, layouts, kLabelTypes[number % std::size(kLabelTypes)]);
+      }
+    }
+  }
+}
+
+TYPED_TEST(Kernels, RowsAndPixelsThatFitNoTile) {
+  if (kEvery > 1) {
+    GTEST_SKIP() << "minutes; tests/simt_cases.py has such rows";
+  }
+  for (const Shape shape : kLargeShapes) {
+    this->check(shape, {Layout::kRows, Layout::kRows}, LabelType::kInt64);
+    this->check(shape, {Layout::kPixels, Layout::kPixels}, LabelType::kInt32);
+  }
+}
+
+// A row with an infinity or a NaN becomes NaN, and no other row does.
+TYPED_TEST(Kernels, SpecialNumbersStayInTheirRow) {
+  using scalar_t = TypeParam;
+  using acc_t = typename Problem<scalar_t>::acc_t;
+  const double specials[] = {std::numeric_limits<double>::infinity(),
+                             std::numeric_limits<double>::quiet_NaN()};
+  for (const Shape shape : {Shape{1, 37, 19}, Shape{1, 9, 131}}) {
+    for (const Layout layout : {Layout::kRows, Layout::kPixels}) {
+      Problem<scalar_t> problem(shape, layout, LabelType::kInt64);
+      std::vector<bool> is_special(shape.rows());
+      for (int64_t row = 0; row < shape.rows(); row += 4) {
+        is_special[row] = problem.labels.kind(row) != RowKind::kIgnored;
+        problem.at(row, row % shape.classes) = static_cast<scalar_t>(specials[row / 4 % 2]);
+      }
+      auto args = problem.template inputs<ForwardArgs<scalar_t, acc_t>>(Reduction::kNone, false);
+      Buffer<acc_t> loss(shape.rows());
+      args.row_loss = loss.data();
+      ASSERT_EQ(run(args), -1);
+      for (int64_t row = 0; row < shape.rows(); ++row) {
+        EXPECT_EQ(is_nan(loss[row]), is_special[row]) << row;
+      }
+    }
+  }
+}
+
+// What the sanitizers must find (CMakeLists.txt): one logit less than the layout says, and strides
+// whose product does not fit.
+template <typename Change>
+void run_wrongly(const Change& change) {
+  const Problem<float> problem({1, 600, 5}, Layout::kRows, LabelType::kInt64);
+  auto args = problem.inputs<ForwardArgs<float, float>>(Reduction::kSum, false);
+  Buffer<float> loss(1);
+  Buffer<int64_t> counts(2, -1);
+  args.output = {loss.data(), counts.data()};
+  change(args);
+  run(args);
+}
+
+TEST(Planted, DISABLED_Overread) {
+  const Buffer<float> shorter(600 * 5 - 1, 0.0F);
+  run_wrongly([&](auto& args) { args.logits = shorter.data(); });
+}
+
+TEST(Planted, DISABLED_Overflow) {
+  run_wrongly([](auto& args) { args.layout.inner_stride = std::numeric_limits<int64_t>::max(); });
+}
+
+}  // namespace
+}  // namespace oe_ext::testing
