@@ -106,6 +106,7 @@ def test_a_network_learns_to_be_unsure():
 
 def test_the_package_exports_what_it_says():
     assert set(oe_ext.__all__) == {
+        "LossScores",
         "LossStats",
         "OutlierExposureLoss",
         "outlier_exposure_loss",
