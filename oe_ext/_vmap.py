@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oe_ext._checks import check_arguments
 from oe_ext.reference import inliers_and_outliers
 
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
@@ -23,6 +24,10 @@ def _batch_first(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
     return tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
+def _sample(tensor: Tensor, dim: int | None) -> Tensor:
+    return tensor if dim is None else tensor.select(dim, 0)
+
+
 class _Batch:
     """Inputs of the loss with the batch in front: as they are, and with the batch in the rows."""
 
@@ -31,17 +36,25 @@ class _Batch:
         batch_size: int,
         logits: tuple[Tensor, int | None],
         target: tuple[Tensor, int | None],
-        alpha: tuple[Tensor | None, int | None],
+        alpha: tuple[float | Tensor | None, int | None],
+        reduction: str,
         ignore_index: int | None,
         ood_index: int | None,
     ) -> None:
+        # Of one sample, whose shapes are those that the caller knows.
+        check_arguments(
+            _sample(*logits),
+            _sample(*target),
+            _sample(alpha[0], alpha[1]) if isinstance(alpha[0], Tensor) else alpha[0] or 0.0,
+            reduction,
+        )
         self.size = batch_size
         self.logits = self.rows(*logits)
         batched_target = _batch_first(*target, batch_size)
         self.shape = batched_target.shape
         self.target = batched_target.flatten(0, 1)
         self.alpha: Tensor | None = None
-        if alpha[0] is not None:
+        if isinstance(alpha[0], Tensor):
             weight = _batch_first(alpha[0], alpha[1], batch_size)
             missing = len(self.shape) - weight.dim()
             weight = weight.reshape(batch_size, *[1] * missing, *weight.shape[1:])
@@ -81,12 +94,6 @@ class _Batch:
         return terms.sum(1).to(row_loss.dtype)
 
 
-def _check_reduction(reduction: str, logits: Tensor, target: Tensor) -> None:
-    """The operator itself says what is wrong with a reduction, of no rows at all."""
-    if reduction not in ("none", "sum", "mean", "group_mean"):
-        _LOSS.default(logits[:0], target[:0], 0.0, reduction)
-
-
 def _loss_rule(
     info: Any,
     in_dims: tuple[int | None, ...],
@@ -103,11 +110,11 @@ def _loss_rule(
         info.batch_size,
         (logits, in_dims[0]),
         (target, in_dims[1]),
-        (alpha, in_dims[2]) if isinstance(alpha, Tensor) else (None, None),
+        (alpha, in_dims[2] if is_tensor else None),  # a default has no dim
+        reduction,
         ignore_index,
         ood_index,
     )
-    _check_reduction(reduction, batch.logits, batch.target)
     operator = _LOSS.tensor_alpha if is_tensor else _LOSS.default
     row_loss = operator(
         batch.logits,
@@ -139,10 +146,10 @@ def _forward_rule(
         (logits, in_dims[0]),
         (target, in_dims[1]),
         (alpha_tensor, in_dims[3]),
+        reduction,
         ignore_index,
         ood_index,
     )
-    _check_reduction(reduction, batch.logits, batch.target)
     row_loss, cross_entropy, row_max, row_sum_exp, no_counts, no_gradient = _FORWARD(
         batch.logits, batch.target, alpha, batch.alpha, "none", ignore_index, ood_index, False
     )
@@ -178,10 +185,10 @@ def _backward_rule(
         (logits, in_dims[1]),
         (target, in_dims[2]),
         (alpha_tensor, in_dims[7]),
+        reduction,
         ignore_index,
         ood_index,
     )
-    _check_reduction(reduction, batch.logits, batch.target)
     upstream = _batch_first(grad, in_dims[0], info.batch_size)
     if reduction != "none":
         sample_counts = _batch_first(counts, in_dims[5], info.batch_size)

@@ -125,10 +125,69 @@ def test_samples_without_counted_rows(device):
     assert empty.isnan().all()
 
 
-def test_errors(device):
+@pytest.mark.parametrize(
+    ("logits", "target", "alpha", "reduction", "error", "text"),
+    [
+        ((5, 4), (5,), 0.5, "median", ValueError, "reduction must be one of"),
+        ((5, 4), (4,), 0.5, "sum", ValueError, r"target must have shape \[5\]"),
+        ((5,), (5,), 0.5, "sum", ValueError, r"got logits of shape \[5\]"),
+        ((5, 0), (5,), 0.5, "sum", ValueError, r"at least one class .* shape \[5, 0\]"),
+        ((5, 4), (5,), float("inf"), "sum", ValueError, "finite number, got inf"),
+        ((5, 4), (5,), (3,), "mean", ValueError, r"\[3\] does not broadcast .* \[5\]"),
+        ((5, 4), (5,), (1, 5), "mean", ValueError, r"\[1, 5\] does not broadcast .* \[5\]"),
+    ],
+)
+def test_errors(device, logits, target, alpha, reduction, error, text):
+    """Those of one sample, with its shapes, as the caller knows them."""
+    logits = torch.zeros((BATCH, *logits), device=device)
+    target = torch.zeros((BATCH, *target), dtype=torch.int64, device=device)
+    if isinstance(alpha, tuple):
+        alpha = torch.ones((BATCH, *alpha), device=device)
+    in_dims = (0, 0, 0 if isinstance(alpha, torch.Tensor) else None)
+    with pytest.raises(error, match=text):
+        torch.vmap(lambda x, y, a: outlier_exposure_loss(x, y, a, reduction), in_dims)(
+            logits, target, alpha
+        )
+
+
+def test_what_has_no_rule_raises(device):
+    """The gradient that the forward writes is not for the caller of vmap."""
     logits, target = batch_of((5, 4), device=device)
-    with pytest.raises(ValueError, match="reduction"):
-        torch.vmap(lambda x, y: outlier_exposure_loss(x, y, 0.5, "median"))(logits, target)
+    forward = torch.ops.oe_ext._outlier_exposure_loss_forward
+    from_unit = torch.ops.oe_ext._outlier_exposure_loss_backward_from_unit
+    options = (0.5, None, "mean", None, None)
+    with pytest.raises(RuntimeError, match="no unit_gradient under vmap"):
+        torch.vmap(lambda x, y: forward(x, y, *options, True)[0])(logits, target)
+
+    def in_place(x, y):
+        loss, _, *statistics, _ = forward(x, y, *options, False)
+        from_unit(torch.zeros_like(x), loss, x, y, *statistics, *options)
+        return loss
+
+    with pytest.raises(RuntimeError, match="_from_unit"):
+        torch.vmap(in_place)(logits, target)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_chunks_and_nests(device, reduction):
+    logits, target = batch_of((5, 4), device=device)
+    ours = loss_with(reduction)
+    theirs = torch.stack([ours(x, y) for x, y in zip(logits, target, strict=True)])
+    torch.testing.assert_close(torch.vmap(ours, chunk_size=2)(logits, target), theirs)
+    both = torch.stack([logits, 2 * logits])
+    nested = torch.vmap(torch.vmap(ours), (0, None))(both, target)
+    doubled = torch.stack([ours(2 * x, y) for x, y in zip(logits, target, strict=True)])
+    torch.testing.assert_close(nested, torch.stack([theirs, doubled]))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "group_mean"])
+def test_gradients_where_nothing_counts(device, reduction):
+    """0, whatever the ignored logits are."""
+    logits, target = batch_of((5, 4), device=device)
+    target[1], logits[1] = IGNORE, float("nan")
+    gradient = torch.vmap(torch.func.grad(loss_with(reduction)))(logits, target)
+    assert (gradient[1] == 0).all()
+    assert (gradient[0] != 0).any()
 
 
 def test_labels_are_checked():
