@@ -13,27 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
-from torch.distributed.tensor.experimental import register_sharding
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from oe_ext import _sharding  # noqa: F401
+from oe_ext._checks import check_alpha, check_arguments
+from oe_ext._class_parallel import class_parallel_outlier_exposure_loss, reduce_rows
 from oe_ext.reference import inliers_and_outliers
 
-__all__ = ["class_parallel_outlier_exposure_loss", "global_outlier_exposure_loss", "is_sharded"]
+__all__ = ["class_parallel_outlier_exposure_loss", "global_outlier_exposure_loss"]
 
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
-_FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward.default
-_BACKWARD = torch.ops.oe_ext._outlier_exposure_loss_backward.default
 
 _CLASS_AXIS = 1
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor."""
-    return isinstance(tensor, DTensor)
-
-
-# ---- A shared batch
 
 
 def _call(
@@ -92,8 +83,8 @@ def global_outlier_exposure_loss(
     to :func:`class_parallel_outlier_exposure_loss`.
 
     Raises:
-        ValueError: both a DTensor and a ``process_group``; classes that are sharded over one of
-            several mesh dimensions.
+        ValueError: both a DTensor and a ``process_group``; classes that are sharded over several
+            dimensions of the mesh.
     """
     marks = {"ignore_index": ignore_index, "ood_index": ood_index}
     if isinstance(logits, DTensor):
@@ -106,6 +97,16 @@ def global_outlier_exposure_loss(
             return _class_parallel_of_dtensor(logits, target, alpha, reduction, marks)
     if reduction not in ("mean", "group_mean"):
         return _call(logits, target, alpha, reduction, marks)
+    if not torch.compiler.is_dynamo_compiling():
+        try:
+            check_alpha(alpha)
+            if not isinstance(logits, DTensor):
+                check_arguments(logits, target, alpha, reduction)
+        except (ValueError, TypeError):
+            if process_group is not None:  # the others wait for our counts
+                nothing = torch.zeros(3, dtype=torch.int64, device=target.device)
+                dist.all_reduce(nothing, group=process_group)
+            raise
     inlier, outlier = inliers_and_outliers(target, ignore_index, ood_index)
     if isinstance(logits, DTensor):
         sums = (inlier.sum(), outlier.sum(), torch.ones_like(inlier).sum())
@@ -119,317 +120,54 @@ def global_outlier_exposure_loss(
     return _divided(logits, target, alpha, reduction, marks, (inliers, outliers, positions), size)
 
 
-# ---- Shared classes
-
-
-class _RowCrossEntropy(torch.autograd.Function):
-    """The cross-entropy of each row, whose classes are spread over a group.
-
-    Each process runs the fused operator over its own classes, which gives each row's maximum, its
-    sum of exponentials and, from the cross-entropy to the uniform distribution, its sum of logits.
-    Two all-reduces make them those of all classes: N maxima, and then 3 N sums (Shoeybi et al.,
-    "Megatron-LM", arXiv 1909.08053, do so for cross-entropy). The backward sends nothing.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        label: Tensor,
-        inlier: Tensor,
-        outlier: Tensor,
-        group: dist.ProcessGroup | None,
-        num_classes: int,
-    ) -> Tensor:
-        local_classes = logits.size(_CLASS_AXIS)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        is_here = inlier & (label >= 0) & (label < local_classes)
-        # To the local operator all rows but those of no weight are outliers.
-        counted = inlier | outlier
-        lowest = torch.finfo(dtype).min
-        if local_classes > 0:
-            as_outlier = torch.where(counted, -1, -2)
-            one = torch.ones((), dtype=dtype, device=logits.device)
-            _, to_uniform, row_max, row_sum_exp, _, _ = _FORWARD(
-                logits, as_outlier, 1.0, one, "none", -2, None, False
-            )
-        else:
-            row_max = torch.full(label.shape, lowest, dtype=dtype, device=logits.device)
-            row_sum_exp, to_uniform = torch.zeros_like(row_max), torch.zeros_like(row_max)
-        global_max = row_max.clone()
-        dist.all_reduce(global_max, dist.ReduceOp.MAX, group=group)
-
-        sums = torch.zeros((3, *label.shape), dtype=dtype, device=logits.device)
-        if local_classes > 0:
-            raised = row_max - global_max
-            sums[0] = row_sum_exp * raised.exp()
-            # mean of (logit - max) = log(sum of exponentials) - cross-entropy; a row of nothing but
-            # -inf has no exponentials
-            shifted = torch.where(row_sum_exp == 0, -torch.inf, row_sum_exp.log() - to_uniform)
-            sums[1] = local_classes * (shifted + raised)
-            at_label = logits.gather(1, torch.where(is_here, label, 0).unsqueeze(1)).squeeze(1)
-            sums[2] = torch.where(is_here, at_label.to(dtype) - global_max, 0)
-        dist.all_reduce(sums, group=group)
-        sum_exp, sum_shifted, at_label = sums.unbind()
-        log_sum = sum_exp.log()
-        ctx.save_for_backward(logits, label, is_here, counted, outlier, global_max, sum_exp)
-        ctx.num_classes = num_classes
-        zero = log_sum.new_zeros(())
-        of_outlier = torch.where(outlier, log_sum - sum_shifted / num_classes, zero)
-        return torch.where(inlier, log_sum - at_label, of_outlier)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True, which would get a gradient of zero
-            raise RuntimeError(
-                "class_parallel_outlier_exposure_loss cannot be differentiated twice; "
-                "oe_ext.outlier_exposure_loss of all classes can"
-            )
-        logits, label, is_here, counted, outlier, global_max, sum_exp = ctx.saved_tensors
-        if logits.size(_CLASS_AXIS) == 0:
-            return torch.zeros_like(logits), None, None, None, None, None
-        grad = torch.where(counted, grad, 0)
-        # softmax(x) - q, with q at the label: the operator's own. Where the label is elsewhere it
-        # stands at class 0, and is taken out again.
-        here = torch.where(is_here, label, 0)
-        grad_logits = _BACKWARD(
-            grad.contiguous(),
-            logits,
-            torch.where(counted, here, -2),
-            global_max,
-            sum_exp,
-            label.new_empty(0),
-            1.0,
-            None,
-            "none",
-            -2,
-            None,
-        )
-        first = logits.select(_CLASS_AXIS, 0).to(grad.dtype)
-        p = (first - global_max).exp() / sum_exp
-        grad_of_first = torch.where(counted & ~is_here, grad * p, 0).to(grad_logits.dtype)
-        first_grad = grad_logits.select(_CLASS_AXIS, 0)
-        first_grad.copy_(torch.where(counted & ~is_here, grad_of_first, first_grad))
-        uniform = torch.where(outlier, grad / ctx.num_classes, 0)
-        grad_logits.sub_(uniform.unsqueeze(_CLASS_AXIS))
-        return grad_logits, None, None, None, None, None
-
-
-def class_parallel_outlier_exposure_loss(
-    local_logits: Tensor,
-    target: Tensor,
-    group: dist.ProcessGroup | None = None,
-    alpha: float | Tensor = 0.5,
-    reduction: str | None = "mean",
-    *,
-    ignore_index: int | None = None,
-    ood_index: int | None = None,
-) -> Tensor:
-    """The loss of logits whose classes are spread over a group of processes: a head that is too
-    large for one, as of a vocabulary or of many faces.
-
-    The processes hold neighbouring classes in the order of their ranks, each as many as it likes
-    (also none), and each the same rows. They exchange 4 values a row, in two all-reduces (a maximum
-    and sums), in float32 (float64 for float64 logits), and the sizes of their parts; the backward
-    exchanges nothing. All get the same loss, and each the gradient of its own logits.
-
-    Args:
-        local_logits: ``[N, C_local]`` or ``[N, C_local, d1, ..., dk]``, as for
-            :func:`oe_ext.outlier_exposure_loss`: the classes of this process.
-        target: ``[N]`` or ``[N, d1, ..., dk]``: labels among all classes; the same everywhere.
-        group: the processes; all of them by default.
-        alpha, reduction, ignore_index, ood_index: as for :func:`oe_ext.outlier_exposure_loss`.
-
-    Returns:
-        The loss, as :func:`oe_ext.outlier_exposure_loss` of all classes in one process.
-
-    Raises:
-        ValueError, TypeError, IndexError: as :func:`oe_ext.outlier_exposure_loss`.
-        RuntimeError: ``create_graph=True`` in the backward: it cannot be differentiated twice.
-    """
-    reduction = "none" if reduction is None else reduction
-    marks = {"ignore_index": ignore_index, "ood_index": ood_index}
-    # The operator's own checks, of no rows at all; and the sizes of the parts.
-    if local_logits.dim() < 2 or local_logits.size(_CLASS_AXIS) > 0:
-        _call(
-            local_logits[:0],
-            target[:0],
-            alpha if not isinstance(alpha, Tensor) else 0.0,
-            reduction,
-            marks,
-        )
-        if local_logits.dim() - 1 != target.dim() or local_logits.size(0) != target.size(0):
-            _call(local_logits, target, 0.0, reduction, marks)
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
-    mine = torch.tensor([local_logits.size(_CLASS_AXIS)], device=local_logits.device)
-    sizes = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(sizes, mine, group=group)
-    per_rank = torch.cat(sizes).tolist()
-    num_classes, offset = sum(per_rank), sum(per_rank[:rank])
-
-    labels = target.long()
-    inlier, outlier = inliers_and_outliers(labels, ignore_index, ood_index)
-    is_bad = inlier & ((labels < 0) | (labels >= num_classes))
-    if labels.device.type == "cpu":
-        if is_bad.any():
-            position = is_bad.nonzero()[0].tolist()
-            raise IndexError(
-                f"class_parallel_outlier_exposure_loss: target must hold classes in "
-                f"[0, {num_classes}), or a mark; got {labels[is_bad][0].item()} at position "
-                f"{position}"
-            )
-    else:
-        torch._assert_async(~is_bad.any())
-
-    dtype = torch.promote_types(local_logits.dtype, torch.float32)
-    weight = torch.as_tensor(alpha, dtype=dtype, device=labels.device).expand(labels.shape)
-    counted_outlier = outlier if weight.requires_grad else outlier & (weight != 0)
-    cross_entropy: Tensor = _RowCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        local_logits, labels - offset, inlier, counted_outlier, group, num_classes
-    )
-    zero = cross_entropy.new_zeros(())
-    weighted = torch.where(counted_outlier, weight * cross_entropy, zero)
-    loss = torch.where(inlier, cross_entropy, weighted)
-    if reduction == "none":
-        return loss
-    inlier_sum = torch.where(inlier, loss, zero).sum(dtype=torch.float64)
-    outlier_sum = torch.where(inlier, zero, loss).sum(dtype=torch.float64)
-    if reduction == "sum":
-        total = inlier_sum + outlier_sum
-    elif reduction == "mean":
-        num_counted = (inlier | outlier).sum()
-        total = (inlier_sum + outlier_sum) / (
-            num_counted.clamp(min=1) if labels.numel() > 0 else num_counted
-        )
-    else:
-        total = inlier_sum / inlier.sum().clamp(min=1) + outlier_sum / outlier.sum().clamp(min=1)
-    return total.to(dtype)
-
-
 def _class_parallel_of_dtensor(
     logits: DTensor, target: Tensor, alpha: float | Tensor, reduction: str, marks: dict[str, Any]
 ) -> Tensor:
+    """Classes that are sharded over one dimension of the mesh, and maybe a batch over others."""
     mesh = logits.device_mesh
-    if mesh.ndim != 1:
+    check_alpha(alpha)
+    class_dims = [dim for dim, p in enumerate(logits.placements) if p.is_shard(_CLASS_AXIS)]
+    if len(class_dims) != 1:
         raise ValueError(
-            "outlier_exposure_loss: sharded classes need a device mesh of one dimension, got "
+            "outlier_exposure_loss: classes may be sharded over one dimension of the mesh, got "
             f"logits with placements {logits.placements} on {mesh}"
         )
+    if any(p.is_partial() for p in logits.placements):
+        whole = [Replicate() if p.is_partial() else p for p in logits.placements]
+        logits = logits.redistribute(placements=whole)
+    # Along the others: a sharded batch, or copies.
+    rows: list[Placement] = []
+    for placement in logits.placements:
+        if isinstance(placement, Shard) and placement.dim != _CLASS_AXIS:
+            rows.append(Shard(placement.dim - (placement.dim > _CLASS_AXIS)))
+        else:
+            rows.append(Replicate())
+    copies: list[Placement] = [Replicate()] * mesh.ndim
 
-    def everywhere(tensor: Tensor) -> Tensor:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    def with_rows(tensor: Tensor) -> DTensor:
+        if not isinstance(tensor, DTensor):
+            tensor = DTensor.from_local(tensor, mesh, copies, run_check=False)
+        return tensor.redistribute(placements=rows)
 
-    loss = class_parallel_outlier_exposure_loss(
+    target = with_rows(target)
+    if isinstance(alpha, Tensor):
+        if not isinstance(alpha, DTensor):
+            alpha = DTensor.from_local(alpha, mesh, copies, run_check=False)
+        alpha = with_rows(alpha.expand(target.shape)).to_local()
+    # As DTensor cuts an axis: parts of equal size, the last ones less or empty.
+    num_classes, num_parts = logits.size(_CLASS_AXIS), mesh.size(class_dims[0])
+    part = -(-num_classes // num_parts)
+    class_sizes = [min(part, max(0, num_classes - i * part)) for i in range(num_parts)]
+    local_loss = class_parallel_outlier_exposure_loss(
         logits.to_local(),
-        everywhere(target),
-        mesh.get_group(),
-        everywhere(alpha) if isinstance(alpha, Tensor) else alpha,
-        reduction,
+        target.to_local(),
+        mesh.get_group(class_dims[0]),
+        alpha,
+        "none",
         **marks,
+        class_sizes=class_sizes,
     )
-    return DTensor.from_local(loss, mesh, [Replicate()], run_check=False)
-
-
-# ---- DTensor: how the operators may be sharded. A batch that is sharded stays so; a mean needs
-# counts of all, and its caller divides a sum (see _divided).
-
-
-def _alpha_placement(alpha: Any, target: Any, dim: int) -> list[Any]:
-    """None for a number. A tensor is sharded where it has the axis that is."""
-    if not hasattr(alpha, "shape"):
-        return []
-    axis = dim - (len(target.shape) - len(alpha.shape))
-    has_axis = axis >= 0 and alpha.shape[axis] != 1
-    return [Shard(axis) if has_axis else Replicate()]
-
-
-def _position_axes(target: Any) -> list[tuple[int, int]]:
-    """The axes along which rows may be sharded: in target, and in logits."""
-    return [(dim, dim if dim == 0 else dim + 1) for dim in range(len(target.shape))]
-
-
-@register_sharding([_LOSS.default, _LOSS.tensor_alpha])  # type: ignore[untyped-decorator]
-def _shard_loss(
-    logits: Any, target: Any, alpha: Any = 0.5, reduction: str = "mean", **marks: Any
-) -> list[tuple[list[Any], list[Any]]]:
-    replicated = [Replicate()] * (3 if hasattr(alpha, "shape") else 2)
-    shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()], replicated)]
-    if reduction in ("none", "sum"):
-        for dim, logits_dim in _position_axes(target):
-            inputs = [Shard(logits_dim), Shard(dim), *_alpha_placement(alpha, target, dim)]
-            shardings.append(([Shard(dim) if reduction == "none" else Partial()], inputs))
-    return shardings
-
-
-@register_sharding(_FORWARD)  # type: ignore[untyped-decorator]
-def _shard_forward(
-    logits: Any,
-    target: Any,
-    alpha: float,
-    alpha_tensor: Any,
-    reduction: str,
-    ignore_index: int | None,
-    ood_index: int | None,
-    unit_gradient: bool,
-) -> list[tuple[list[Any], list[Any]]]:
-    replicated = [Replicate()] * (2 if alpha_tensor is None else 3)
-    shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()] * 6, replicated)]
-    if reduction in ("none", "sum") and not unit_gradient:
-        for dim, logits_dim in _position_axes(target):
-            rows = Shard(dim)
-            outputs = [
-                rows if reduction == "none" else Partial(),
-                Replicate() if alpha_tensor is None else rows,  # empty without a tensor
-                rows,
-                rows,
-                Replicate() if reduction == "none" else Partial(),
-                Replicate(),  # no gradient: empty
-            ]
-            inputs = [Shard(logits_dim), rows, *_alpha_placement(alpha_tensor, target, dim)]
-            shardings.append((outputs, inputs))
-    return shardings
-
-
-@register_sharding(_BACKWARD)  # type: ignore[untyped-decorator]
-def _shard_backward(
-    grad: Any,
-    logits: Any,
-    target: Any,
-    row_max: Any,
-    row_sum_exp: Any,
-    counts: Any,
-    alpha: float,
-    alpha_tensor: Any,
-    reduction: str,
-    ignore_index: int | None,
-    ood_index: int | None,
-) -> list[tuple[list[Any], list[Any]]]:
-    replicated = [Replicate()] * (6 if alpha_tensor is None else 7)
-    shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()], replicated)]
-    for dim, logits_dim in _position_axes(target):
-        rows = Shard(dim)
-        inputs = [
-            rows if reduction == "none" else Replicate(),
-            Shard(logits_dim),
-            rows,
-            rows,
-            rows,
-            Replicate(),  # of all rows: what a mean divides by
-            *_alpha_placement(alpha_tensor, target, dim),
-        ]
-        shardings.append(([Shard(logits_dim)], inputs))
-    return shardings
-
-
-# DTensor keeps what it decided for an operator, and register_sharding() lets only integers among
-# the arguments tell one call from another. Here the reduction does.
-for _operator, _first_setting in {
-    _LOSS.default: 2,
-    _LOSS.tensor_alpha: 3,
-    _FORWARD: 2,
-    _BACKWARD: 6,
-}.items():
-    _propagator = DTensor._op_dispatcher.sharding_propagator
-    _propagator.op_to_schema_info[_operator] = RuntimeSchemaInfo(
-        _first_setting, ["reduction", "ignore_index", "ood_index"], needs_pytree=True
+    row_loss = DTensor.from_local(
+        local_loss, mesh, rows, run_check=False, shape=target.shape, stride=target.stride()
     )
+    return reduce_rows(row_loss, *inliers_and_outliers(target, **marks), reduction)

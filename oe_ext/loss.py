@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from oe_ext.functional import LossStats, outlier_exposure_loss
+from oe_ext.functional import LossScores, LossStats, outlier_exposure_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["OutlierExposureLoss"]
+
+# Stands for the group of all processes in a pickle.
+_WORLD = "world"
 
 REDUCTIONS = ("none", "sum", "mean", "group_mean")
 
@@ -32,9 +36,11 @@ class OutlierExposureLoss(torch.nn.Module):
         reduction: ``"none"`` or ``None``, ``"sum"``, ``"mean"`` or ``"group_mean"``.
         ignore_index: positions with this label count for nothing. Default: none are ignored.
         ood_index: the label that marks an outlier, instead of the negative numbers.
-        process_group: the processes that share a batch, for the global means.
-        return_stats: the module returns the loss and :class:`oe_ext.LossStats`.
-        return_scores: the same, with the scores of each position.
+        process_group: the processes that share a batch, for the global means. A copy has the same
+            group. A pickle can say "all processes", which will be those of who reads it (alone, if
+            there are no others), but no other group.
+        return_stats: the module also returns :class:`oe_ext.LossStats`.
+        return_scores: the module also returns :class:`oe_ext.LossScores`, of each position.
 
     Raises:
         ValueError: a reduction that is none of the above, or a number that is not finite.
@@ -72,7 +78,9 @@ class OutlierExposureLoss(torch.nn.Module):
         self.return_stats = return_stats
         self.return_scores = return_scores
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, LossStats]:
+    def forward(
+        self, logits: Tensor, target: Tensor
+    ) -> Tensor | tuple[Tensor | LossStats | LossScores, ...]:
         """The loss of ``logits`` ``[N, C, ...]`` for the labels ``target`` ``[N, ...]``, with its
         statistics if they were asked for."""
         return outlier_exposure_loss(
@@ -93,6 +101,31 @@ class OutlierExposureLoss(torch.nn.Module):
             "deprecated. Use torch.compile to train, or torch.export to ship a model, or script "
             "the model without its loss"
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OutlierExposureLoss:
+        memo[id(self.process_group)] = self.process_group  # of which there is one
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self.process_group is not None:
+            if self.process_group is not torch.distributed.group.WORLD:
+                raise RuntimeError(
+                    "OutlierExposureLoss: of process groups only that of all processes can be "
+                    "pickled; set process_group to None before, or save the state_dict"
+                )
+            state["process_group"] = _WORLD
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.__dict__["process_group"] == _WORLD:
+            distributed = torch.distributed
+            shared = distributed.is_available() and distributed.is_initialized()
+            self.process_group = distributed.group.WORLD if shared else None
 
     def extra_repr(self) -> str:
         if not isinstance(self.alpha, Tensor):

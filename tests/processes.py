@@ -32,3 +32,7 @@ def run(world: int, function: Callable[..., None], *args: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "rendezvous")
         torch.multiprocessing.spawn(_child, (function, world, path, args), nprocs=world)
+
+
+def same(ours: Any, theirs: Any, rtol: float = 1e-12, atol: float = 1e-14) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)

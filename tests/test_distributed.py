@@ -1,29 +1,25 @@
-"""Several processes, joined by gloo: a shared batch, DDP, FSDP2, DTensor, and shared classes.
+"""Several processes, joined by gloo: a shared batch, DDP, FSDP2, and DTensor.
 
 Each test starts its processes once and tries its cases inside of them.
 """
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
 import torch.distributed as dist
 from inputs import IGNORE, REDUCTIONS, make_logits, make_target
-from processes import run
+from processes import run, same
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from oe_ext import OutlierExposureLoss, outlier_exposure_loss
-from oe_ext.distributed import class_parallel_outlier_exposure_loss
 
 WORLDS = [2, 3]
 MARKS = {"ignore_index": IGNORE}
-
-
-def same(ours, theirs, rtol=1e-12, atol=1e-14):
-    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def averaged(tensor):
@@ -86,6 +82,51 @@ def _global_means():
     for reduction in ("mean", "group_mean"):
         assert outlier_exposure_loss(logits, target, 0.5, reduction, **options) == 0
     assert outlier_exposure_loss(logits[:0], target[:0], **options).isnan()
+
+
+def _bad_arguments():
+    """The process that was given them raises; the other does not wait for it."""
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, -1, 2])
+    options = {"process_group": dist.group.WORLD}
+    for bad, error, text in [
+        ((logits, target[:3]), ValueError, "target must have shape"),
+        ((logits[0], target), ValueError, "logits must have shape"),
+        ((logits, target.float()), TypeError, "soft labels"),
+        ((logits, target, float("inf")), ValueError, "finite number, got inf"),
+        ((logits, target, torch.ones(3)), ValueError, "does not broadcast"),
+        ((logits, target, torch.tensor(1)), TypeError, "floating-point"),
+    ]:
+        for reduction in ("mean", "group_mean"):
+            if dist.get_rank() == 0:
+                arguments = (*bad, 0.5)[:3]
+                with pytest.raises(error, match=text):
+                    outlier_exposure_loss(*arguments, reduction, **options)
+            else:
+                outlier_exposure_loss(logits, target, 0.5, reduction, **options)
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        outlier_exposure_loss(logits, target, 0.5, "median", **options)
+    with pytest.raises(NotImplementedError, match="of one process"):
+        outlier_exposure_loss(logits, target, return_stats=True, **options)
+
+
+def test_bad_arguments_of_one_process():
+    run(2, _bad_arguments)
+
+
+def _compiled():
+    logits, target = whole_batch((11, 5))
+    part = my_rows(11)
+    for reduction in ("mean", "group_mean"):
+
+        def function(x, y, reduction=reduction):
+            return outlier_exposure_loss(x, y, 0.5, reduction, process_group=dist.group.WORLD)
+
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        same(compiled(logits[part], target[part]), function(logits[part], target[part]))
+
+
+def test_means_over_all_processes_compile():
+    run(2, _compiled)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -184,145 +225,33 @@ def test_dtensor(world):
     run(world, _dtensor)
 
 
-# ---- Shared classes
+# ---- A module with a group
 
 
-def _part_of_classes(logits, sizes):
-    rank = dist.get_rank()
-    begin = sum(sizes[:rank])
-    return logits[:, begin : begin + sizes[rank]]
+def _module_with_a_group():
+    module = OutlierExposureLoss(0.3, process_group=dist.group.WORLD)
+    copied = copy.deepcopy(torch.nn.Sequential(module))[0]
+    assert copied is not module
+    assert copied.process_group is dist.group.WORLD
+    assert repr(copied) == repr(module)
+    assert f"process_group=<of {dist.get_world_size()} processes>" in repr(module)
+    assert pickle.loads(pickle.dumps(module)).process_group is dist.group.WORLD
+    part = dist.new_group([0, 1])
+    module = OutlierExposureLoss(process_group=part)
+    assert copy.deepcopy(module).process_group is part
+    with pytest.raises(RuntimeError, match="of process groups only that of all"):
+        pickle.dumps(module)
 
 
-def _shards(num_classes):
-    """Uneven, and also none at all."""
-    if dist.get_world_size() == 2:
-        return [[2, num_classes - 2], [num_classes - 1, 1], [num_classes, 0]]
-    return [[1, num_classes - 4, 3], [0, 2, num_classes - 2]]
+def test_copies_of_a_module_with_a_group():
+    run(2, _module_with_a_group)
 
 
-def _compare_class_parallel(logits, target, reduction, alpha, sizes, rtol, atol):
-    x = _part_of_classes(logits, sizes).clone().requires_grad_()
-    whole = logits.clone().requires_grad_()
-    a = alpha.clone().requires_grad_() if isinstance(alpha, torch.Tensor) else alpha
-    b = alpha.clone().requires_grad_() if isinstance(alpha, torch.Tensor) else alpha
-    loss = class_parallel_outlier_exposure_loss(x, target, None, a, reduction, **MARKS)
-    expected = outlier_exposure_loss(whole, target, b, reduction, **MARKS)
-    assert loss.dtype == expected.dtype
-    same(loss, expected, rtol=rtol, atol=atol)
-    upstream = torch.rand(loss.shape, dtype=loss.dtype) + 0.5
-    dist.broadcast(upstream, 0)
-    is_tensor = isinstance(alpha, torch.Tensor)
-    ours = torch.autograd.grad(loss, [x, a] if is_tensor else [x], upstream)
-    theirs = torch.autograd.grad(expected, [whole, b] if is_tensor else [whole], upstream)
-    eps = torch.finfo(logits.dtype).eps
-    local = _part_of_classes(theirs[0], sizes)
-    same(ours[0], local, rtol=4 * eps, atol=4 * eps * theirs[0].abs().max().item())
-    if is_tensor:
-        same(ours[1], theirs[1], rtol=10 * rtol, atol=atol)
-
-
-def _class_parallel():
-    for shape in [(9, 7), (3, 7, 4, 2)]:
-        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            logits = make_logits(shape, torch.float64, scale=3.0).to(dtype)
-            target = make_target(shape)
-            target.flatten()[:2] = torch.tensor([0, 6])
-            rtol, atol = (1e-12, 1e-13) if dtype == torch.float64 else (2e-6, 2e-6)
-            for reduction, sizes in itertools.product(REDUCTIONS, _shards(7)):
-                _compare_class_parallel(logits, target, reduction, 0.7, sizes, rtol, atol)
-            alpha = torch.rand(target.shape, dtype=torch.promote_types(dtype, torch.float32))
-            _compare_class_parallel(logits, target, "mean", alpha, _shards(7)[0], rtol, atol)
-
-    # What may stand in rows that weigh nothing, and logits of -inf.
-    logits, target = make_logits((6, 7)), torch.tensor([0, 3, 6, -1, IGNORE, -2])
-    logits[4] = float("nan")
-    logits[0, 1:] = -torch.inf
-    logits[5, :2] = -torch.inf
-    sizes = _shards(7)[0]
-    x = _part_of_classes(logits, sizes).clone().requires_grad_()
-    for alpha in (0.7, 0.0):
-        loss = class_parallel_outlier_exposure_loss(x, target, None, alpha, "none", **MARKS)
-        same(loss, outlier_exposure_loss(logits, target, alpha, "none", **MARKS))
-
-    # All classes are checked, in each process.
-    bad = torch.tensor([0, 3, 6, -1, 7, 2])
-    with pytest.raises(IndexError, match=r"\[0, 7\), or a mark; got 7 at position \[4\]"):
-        class_parallel_outlier_exposure_loss(x, bad)
-    with pytest.raises(ValueError, match="target must have shape"):
-        class_parallel_outlier_exposure_loss(x, bad[:5])
-    with pytest.raises(ValueError, match="reduction"):
-        class_parallel_outlier_exposure_loss(x, target, None, 0.5, "median")
-    loss = class_parallel_outlier_exposure_loss(x, target, **MARKS)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(loss, x, create_graph=True)
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_class_parallel(world):
-    run(world, _class_parallel)
-
-
-def _class_parallel_dtensor():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    logits, target = make_logits((9, 7), scale=1.0), make_target((9, 7))
-    for reduction in REDUCTIONS:
-        x = distribute_tensor(logits.clone(), mesh, [Shard(1)]).requires_grad_()
-        y = distribute_tensor(target, mesh, [Replicate()])
-        loss = outlier_exposure_loss(x, y, 0.7, reduction, **MARKS)
-        whole = logits.clone().requires_grad_()
-        expected = outlier_exposure_loss(whole, target, 0.7, reduction, **MARKS)
-        assert loss.placements == (Replicate(),)
-        same(loss.full_tensor(), expected)
-        (ours,) = torch.autograd.grad(loss.sum(), x)
-        (theirs,) = torch.autograd.grad(expected.sum(), whole)
-        assert ours.placements == (Shard(1),)
-        same(ours.full_tensor(), theirs)
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_class_parallel_of_a_dtensor(world):
-    run(world, _class_parallel_dtensor)
-
-
-def _bytes_sent(num_rows, num_classes):
-    """Of the arguments of the collectives that one forward and backward calls."""
-    sent = []
-    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
-
-    def counting(name):
-        def call(*args, **kwargs):
-            tensors = args[1:2] if name == "all_gather" else args[:1]
-            sent.append(sum(t.numel() * t.element_size() for t in tensors))
-            return originals[name](*args, **kwargs)
-
-        return call
-
-    for name in originals:
-        setattr(dist, name, counting(name))
-    try:
-        logits = torch.randn(num_rows, num_classes, requires_grad=True)
-        target = torch.randint(-3, num_classes, (num_rows,))
-        dist.broadcast(target, 0)
-        loss = class_parallel_outlier_exposure_loss(logits, target)
-        before = len(sent)
-        loss.backward()
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-    assert len(sent) == before, "the backward is local"
-    return sum(sent)
-
-
-def _bytes():
-    assert _bytes_sent(32, 10) == _bytes_sent(32, 1000) == 8 + 4 * 32 + 3 * 4 * 32
-    assert _bytes_sent(64, 10) == 8 + 4 * 64 + 3 * 4 * 64
-
-
-def test_class_parallel_sends_four_values_a_row():
-    run(2, _bytes)
-
-
-def test_a_module_is_copied_without_its_group():
-    """Without one, that is: a group of processes belongs to the processes."""
+def test_a_pickle_that_says_all_processes_is_read_alone():
+    """A model that was trained by many is loaded by one, whose batch is whole."""
     module = OutlierExposureLoss(0.3)
-    assert copy.deepcopy(module).process_group is None
+    state = module.__getstate__() | {"process_group": "world"}
+    read = OutlierExposureLoss.__new__(OutlierExposureLoss)
+    read.__setstate__(state)
+    assert read.process_group is None
+    assert repr(read) == repr(module)

@@ -1,0 +1,119 @@
+"""How a DTensor may shard the operators. Importing this module registers the rules.
+
+A batch that is sharded stays so. A mean needs the counts of all parts: distributed.py divides a
+sum instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+from torch.distributed.tensor.experimental import register_sharding
+
+_LOSS = torch.ops.oe_ext.outlier_exposure_loss
+_FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward.default
+_BACKWARD = torch.ops.oe_ext._outlier_exposure_loss_backward.default
+
+
+def _alpha_placement(alpha: Any, target: Any, dim: int) -> list[Any]:
+    """None for a number. A tensor is sharded where it has the axis that is."""
+    if not hasattr(alpha, "shape"):
+        return []
+    axis = dim - (len(target.shape) - len(alpha.shape))
+    has_axis = axis >= 0 and alpha.shape[axis] != 1
+    return [Shard(axis) if has_axis else Replicate()]
+
+
+def _position_axes(target: Any) -> list[tuple[int, int]]:
+    """The axes along which rows may be sharded: in target, and in logits."""
+    return [(dim, dim if dim == 0 else dim + 1) for dim in range(len(target.shape))]
+
+
+@register_sharding([_LOSS.default, _LOSS.tensor_alpha])  # type: ignore[untyped-decorator]
+def _shard_loss(
+    logits: Any, target: Any, alpha: Any = 0.5, reduction: str = "mean", **marks: Any
+) -> list[tuple[list[Any], list[Any]]]:
+    replicated = [Replicate()] * (3 if hasattr(alpha, "shape") else 2)
+    shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()], replicated)]
+    if reduction in ("none", "sum"):
+        for dim, logits_dim in _position_axes(target):
+            inputs = [Shard(logits_dim), Shard(dim), *_alpha_placement(alpha, target, dim)]
+            shardings.append(([Shard(dim) if reduction == "none" else Partial()], inputs))
+    return shardings
+
+
+@register_sharding(_FORWARD)  # type: ignore[untyped-decorator]
+def _shard_forward(
+    logits: Any,
+    target: Any,
+    alpha: float,
+    alpha_tensor: Any,
+    reduction: str,
+    ignore_index: int | None,
+    ood_index: int | None,
+    unit_gradient: bool,
+) -> list[tuple[list[Any], list[Any]]]:
+    replicated = [Replicate()] * (2 if alpha_tensor is None else 3)
+    shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()] * 6, replicated)]
+    if reduction in ("none", "sum") and not unit_gradient:
+        for dim, logits_dim in _position_axes(target):
+            rows = Shard(dim)
+            outputs = [
+                rows if reduction == "none" else Partial(),
+                Replicate() if alpha_tensor is None else rows,  # empty without a tensor
+                rows,
+                rows,
+                Replicate() if reduction == "none" else Partial(),
+                Replicate(),  # no gradient: empty
+            ]
+            inputs = [Shard(logits_dim), rows, *_alpha_placement(alpha_tensor, target, dim)]
+            shardings.append((outputs, inputs))
+    return shardings
+
+
+@register_sharding(_BACKWARD)  # type: ignore[untyped-decorator]
+def _shard_backward(
+    grad: Any,
+    logits: Any,
+    target: Any,
+    row_max: Any,
+    row_sum_exp: Any,
+    counts: Any,
+    alpha: float,
+    alpha_tensor: Any,
+    reduction: str,
+    ignore_index: int | None,
+    ood_index: int | None,
+) -> list[tuple[list[Any], list[Any]]]:
+    replicated = [Replicate()] * (6 if alpha_tensor is None else 7)
+    shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()], replicated)]
+    for dim, logits_dim in _position_axes(target):
+        rows = Shard(dim)
+        inputs = [
+            rows if reduction == "none" else Replicate(),
+            Shard(logits_dim),
+            rows,
+            rows,
+            rows,
+            Replicate(),  # of all rows: what a mean divides by
+            *_alpha_placement(alpha_tensor, target, dim),
+        ]
+        shardings.append(([Shard(logits_dim)], inputs))
+    return shardings
+
+
+# DTensor keeps what it decided for an operator, and register_sharding() lets only integers among
+# the arguments tell one call from another. Here the reduction does.
+for _operator, _first_setting in {
+    _LOSS.default: 2,
+    _LOSS.tensor_alpha: 3,
+    _FORWARD: 2,
+    _BACKWARD: 6,
+}.items():
+    _propagator = DTensor._op_dispatcher.sharding_propagator
+    _propagator.op_to_schema_info[_operator] = RuntimeSchemaInfo(
+        _first_setting, ["reduction", "ignore_index", "ood_index"], needs_pytree=True
+    )
