@@ -54,6 +54,20 @@ def test_inductor(device):
     torch.testing.assert_close(grad_of(compiled, logits, target), grad_of(function, logits, target))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("alpha", ["number", "tensor"])
+def test_fullgraph_with_both_indices(device, reduction, alpha):
+    logits = make_logits((8, 5), torch.float32, device)
+    target = torch.tensor([0, 1, 2, 254, 255, 3, 254, 4], dtype=torch.uint8, device=device)
+    alpha = 0.7 if alpha == "number" else torch.rand(8, device=device)
+
+    def function(x, y):
+        return outlier_exposure_loss(x, y, alpha, reduction, ignore_index=255, ood_index=254)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(grad_of(compiled, logits, target), grad_of(function, logits, target))
+
+
 @pytest.mark.parametrize("shape", [(5,), (5, 3, 4)])
 def test_dynamic_shapes_recompile_once_at_most(device, shape):
     compiled = torch.compile(outlier_exposure_loss, fullgraph=True, backend="aot_eager")
@@ -165,6 +179,39 @@ def test_opcheck(device, shape, dtype, reduction):
                 BACKWARD_FROM_UNIT.default,
                 (unit_gradient, grad, logits.detach(), target, *statistics, *options),
             )
+
+
+def test_opcheck_knows_every_operator():
+    """Those that test_opcheck names are all that are registered."""
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("oe_ext::")}
+    public = torch.ops.oe_ext.outlier_exposure_loss
+    checked = [public.default, public.tensor_alpha]
+    checked += [packet.default for packet in (FORWARD, BACKWARD, BACKWARD_FROM_UNIT)]
+    assert {operator.name() for operator in checked} == names
+
+
+@pytest.mark.parametrize(
+    ("shape", "target_dtype", "alpha", "marks"),
+    [
+        ((6, 5), torch.uint8, 0.5, {"ignore_index": 255, "ood_index": 254}),
+        ((6, 5), torch.int32, (6,), {"ood_index": 0}),
+        ((6, 1), torch.int64, 0.0, {}),
+        ((0, 5), torch.int64, (1,), {}),
+        ((2, 5, 4, 3), torch.int8, (4, 1), {"ignore_index": 1}),
+    ],
+    ids=str,
+)
+def test_opcheck_over_a_spread_of_inputs(device, shape, target_dtype, alpha, marks):
+    logits = make_logits(shape, torch.float16, device).requires_grad_()
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]), device=device).to(target_dtype)
+    operator = torch.ops.oe_ext.outlier_exposure_loss.default
+    if isinstance(alpha, tuple):
+        operator = torch.ops.oe_ext.outlier_exposure_loss.tensor_alpha
+        alpha = torch.rand(alpha, device=device, requires_grad=True)
+    for reduction in REDUCTIONS:
+        if reduction == "mean" and shape[0] == 0:
+            continue  # NaN, of which opcheck thinks that it differs from itself
+        opcheck(operator, (logits, target, alpha, reduction), marks)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -1,5 +1,7 @@
 """The examples run to their end and write their figures."""
 
+import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,15 +19,36 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
     ],
 )
 def test_example(tmp_path, script, figure, shows):
+    output = run(tmp_path, script)
+    for text in shows:
+        assert text in output
+    assert [path.name for path in tmp_path.iterdir()] == [figure]
+    assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_lightning(tmp_path):
+    """It trains, logs the statistics of the loss, and tests the checkpoint that it wrote."""
+    output = run(tmp_path, "lightning_digits.py")
+    for text in ("AUROC", "AUPR", "FPR95"):
+        assert text in output
+    assert float(re.search(r"^accuracy (\S+)$", output, re.MULTILINE)[1]) > 60
+    (folder,) = tmp_path.iterdir()
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train_inlier_loss"]]
+    assert float(rows[-1]["train_inlier_loss"]) < float(rows[0]["train_inlier_loss"])
+    assert all(
+        float(row["train_num_inliers"]) + float(row["train_num_outliers"]) > 0 for row in rows
+    )
+    assert len(list((folder / "checkpoints").iterdir())) == 1
+
+
+def run(folder, script):
     done = subprocess.run(
-        [sys.executable, EXAMPLES / script, "--quick", "--out", tmp_path],
+        [sys.executable, EXAMPLES / script, "--quick", "--out", folder],
         capture_output=True,
         text=True,
         check=False,
-        cwd=tmp_path,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
-    for text in shows:
-        assert text in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == [figure]
-    assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+    return done.stdout
