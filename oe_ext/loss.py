@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OutlierExposureLoss"]
 
-# Stands for the group of all processes in a pickle.
+# Stands for the group of all processes. The group itself, held by a module, would outlive
+# destroy_process_group(), and its threads the interpreter, which ends such a process by an abort.
 _WORLD = "world"
 
 REDUCTIONS = ("none", "sum", "mean", "group_mean")
@@ -102,30 +103,34 @@ class OutlierExposureLoss(torch.nn.Module):
             "the model without its loss"
         )
 
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """That of all processes is the one of now: None where there are no others."""
+        if not isinstance(self._process_group, str):
+            return self._process_group
+        distributed = torch.distributed
+        shared = distributed.is_available() and distributed.is_initialized()
+        return distributed.group.WORLD if shared else None
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | None) -> None:
+        is_world = group is not None and group is torch.distributed.group.WORLD
+        self._process_group: ProcessGroup | str | None = _WORLD if is_world else group
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OutlierExposureLoss:
-        memo[id(self.process_group)] = self.process_group  # of which there is one
+        memo[id(self._process_group)] = self._process_group  # of which there is one
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self.process_group is not None:
-            if self.process_group is not torch.distributed.group.WORLD:
-                raise RuntimeError(
-                    "OutlierExposureLoss: of process groups only that of all processes can be "
-                    "pickled; set process_group to None before, or save the state_dict"
-                )
-            state["process_group"] = _WORLD
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.__dict__["process_group"] == _WORLD:
-            distributed = torch.distributed
-            shared = distributed.is_available() and distributed.is_initialized()
-            self.process_group = distributed.group.WORLD if shared else None
+        if not isinstance(self._process_group, str | None):
+            raise RuntimeError(
+                "OutlierExposureLoss: of process groups only that of all processes can be "
+                "pickled; set process_group to None before, or save the state_dict"
+            )
+        return self.__dict__.copy()
 
     def extra_repr(self) -> str:
         if not isinstance(self.alpha, Tensor):

@@ -247,11 +247,25 @@ def test_copies_of_a_module_with_a_group():
     run(2, _module_with_a_group)
 
 
-def test_a_pickle_that_says_all_processes_is_read_alone():
+def _pickled(path):
+    if dist.get_rank() == 0:
+        torch.save(OutlierExposureLoss(0.3, process_group=dist.group.WORLD), path)
+
+
+def test_a_pickle_that_says_all_processes_is_read_alone(tmp_path):
     """A model that was trained by many is loaded by one, whose batch is whole."""
-    module = OutlierExposureLoss(0.3)
-    state = module.__getstate__() | {"process_group": "world"}
-    read = OutlierExposureLoss.__new__(OutlierExposureLoss)
-    read.__setstate__(state)
+    run(2, _pickled, tmp_path / "loss.pt")
+    read = torch.load(tmp_path / "loss.pt", weights_only=False)
     assert read.process_group is None
-    assert repr(read) == repr(module)
+    assert repr(read) == repr(OutlierExposureLoss(0.3))
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, -1, 2])
+    assert torch.equal(read(logits, target), outlier_exposure_loss(logits, target, 0.3))
+
+
+def _does_not_hold():
+    module = OutlierExposureLoss(process_group=dist.group.WORLD)
+    assert dist.group.WORLD not in module.__dict__.values(), "destroy_process_group() ends it"
+
+
+def test_a_module_does_not_hold_the_group_of_all():
+    run(2, _does_not_hold)
