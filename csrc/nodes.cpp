@@ -110,7 +110,8 @@ variable_list OutlierExposureLossBackward0::apply(variable_list&& grads) {
     const at::Tensor cross_entropy = needs_history ? row_cross_entropy(logits, target, options_)
                                                    : saved_[kRowCrossEntropy].unpack();
     const RowScales scales(logits, target, counts, alpha, options_);
-    result[1] = alpha_gradient(scales.alpha_scale * grad * cross_entropy, *alpha);
+    result[1] =
+        alpha_gradient(scales.where_outlier(scales.alpha_scale * grad * cross_entropy), *alpha);
   }
   return result;
 }
@@ -132,15 +133,15 @@ variable_list OutlierExposureLossBackwardBackward0::apply(variable_list&& grads)
   const RowCalculus rows(logits, saved_[kTarget].unpack(), saved_[kCounts].unpack(), alpha,
                          options_);
   if (task_should_compute_output(0)) {
-    result[0] = rows.reduce(rows.scale * rows.cross_entropy_along(direction));
+    result[0] = rows.reduce(rows.where_weighed(rows.scale * rows.cross_entropy_along(direction)));
   }
   if (task_should_compute_output(1)) {
-    result[1] =
-        ((rows.scale * grad).unsqueeze(1) * rows.softmax_along(direction)).to(logits.scalar_type());
+    result[1] = rows.where_weighed((rows.scale * grad).unsqueeze(1) * rows.softmax_along(direction))
+                    .to(logits.scalar_type());
   }
   if (alpha.has_value() && task_should_compute_output(2)) {
-    result[2] =
-        alpha_gradient(rows.alpha_scale * grad * rows.cross_entropy_along(direction), *alpha);
+    result[2] = alpha_gradient(
+        rows.where_outlier(rows.alpha_scale * grad * rows.cross_entropy_along(direction)), *alpha);
   }
   return result;
 }

@@ -23,6 +23,12 @@ at::Tensor class_numbers(const at::Tensor& logits) {
   return classes;
 }
 
+// A mask of rows keeps values of rows, or of logits.
+at::Tensor keep_rows(const at::Tensor& mask, const at::Tensor& values) {
+  return at::where(values.dim() > mask.dim() ? mask.unsqueeze(kClassAxis) : mask, values,
+                   at::zeros({}, values.options()));
+}
+
 }  // namespace
 
 at::Tensor row_cross_entropy(const at::Tensor& logits, const at::Tensor& target,
@@ -66,6 +72,14 @@ RowScales::RowScales(const at::Tensor& logits, const at::Tensor& target, const a
 
 at::Tensor RowScales::reduce(const at::Tensor& per_row) const {
   return reduces_ ? per_row.sum() : per_row;
+}
+
+at::Tensor RowScales::where_weighed(const at::Tensor& values) const {
+  return keep_rows(scale.ne(0), values);
+}
+
+at::Tensor RowScales::where_outlier(const at::Tensor& values) const {
+  return keep_rows(outlier_, values);
 }
 
 RowCalculus::RowCalculus(const at::Tensor& logits, const at::Tensor& target,

@@ -29,6 +29,11 @@ struct RowScales {
   // From one value a position to the shape of the loss.
   at::Tensor reduce(const at::Tensor& per_row) const;
 
+  // Zero where the weight is, or where no outlier is: a factor of 0 would let NaN and inf of a row
+  // through that has no part in it. Of values of the target's shape or the logits'.
+  at::Tensor where_weighed(const at::Tensor& values) const;
+  at::Tensor where_outlier(const at::Tensor& values) const;
+
   at::Tensor scale;        // weight / divisor of the reduction
   at::Tensor alpha_scale;  // the same per unit of alpha: 0 but in outlier rows
 

@@ -6,6 +6,8 @@ from oracles import exact, max_error
 
 from oe_ext import outlier_exposure_loss
 
+INF = float("inf")
+
 
 def test_classes_that_are_all_the_same_memory(device):
     """Logits with stride 0 along the classes were walked across images in one step, as their
@@ -21,3 +23,40 @@ def test_classes_that_are_all_the_same_memory(device):
                 loss = outlier_exposure_loss(leaf, target, 0.5, reduction)
                 (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, upstream))
                 assert max_error(grad, upstream * expected) <= upstream * torch.finfo(dtype).eps
+
+
+def test_an_inlier_has_no_part_in_the_gradient_of_alpha(device):
+    """-inf at its label is a loss of inf, which times 0 was NaN."""
+    logits = make_logits((3, 4), device=device)
+    logits[0, 2] = -INF
+    target = torch.tensor([2, -1, 1], device=device)
+    for shape in [(), (3,)]:
+        alpha = torch.full(shape, 0.5, dtype=torch.float64, device=device, requires_grad=True)
+        loss = outlier_exposure_loss(logits.requires_grad_(), target, alpha, "sum")
+        assert loss == INF
+        (grad,) = torch.autograd.grad(loss, alpha, retain_graph=True)
+        of_outlier = outlier_exposure_loss(logits[1:2].detach(), target[1:2], 1.0, "sum")
+        torch.testing.assert_close(grad.sum(), of_outlier)
+        if shape:
+            assert grad[[0, 2]].tolist() == [0, 0]
+
+
+def test_no_derivative_of_alpha_meets_a_row_of_nan(device):
+    """In forward mode and in double backward too."""
+    logits = make_logits((3, 4), device=device)
+    logits[0] = float("nan")
+    target = torch.tensor([2, -1, 1], device=device)
+    alpha = torch.full((3,), 0.5, dtype=torch.float64, device=device)
+
+    def losses(x, a):
+        return outlier_exposure_loss(x, target, a, "none")
+
+    primals, tangents = (logits, alpha), (torch.zeros_like(logits), torch.ones_like(alpha))
+    _, along_alpha = torch.func.jvp(lambda a: losses(logits, a), (alpha,), (tangents[1],))
+    assert along_alpha[0] == 0
+    assert along_alpha[1] > 0
+    leaves = [tensor.clone().requires_grad_() for tensor in primals]
+    (grad,) = torch.autograd.grad(losses(*leaves).sum(), leaves[0], create_graph=True)
+    (second,) = torch.autograd.grad(grad[1:].square().sum(), leaves[1])
+    assert second[[0, 2]].tolist() == [0, 0]
+    assert second[1] > 0
