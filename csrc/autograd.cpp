@@ -74,11 +74,14 @@ bool wants_unit_gradient(const at::Tensor& logits, std::string_view reduction) {
 }
 
 // Logits whose layout the kernels cannot read are copied here, once, and the copy is what the
-// backward reads again.
+// backward reads again. Its memory format is also the gradient's: a crop of channels_last images
+// stays channels_last.
 at::Tensor readable_logits(const at::Tensor& logits) {
   const bool has_strides = logits.layout() == at::kStrided && logits.dim() >= 2 &&
                            !logits.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-  return !has_strides || row_layout(logits).has_value() ? logits : logits.contiguous();
+  return !has_strides || row_layout(logits).has_value()
+             ? logits
+             : logits.contiguous(logits.suggest_memory_format());
 }
 
 at::Tensor loss_autograd(c10::DispatchKeySet keys, const at::Tensor& logits,

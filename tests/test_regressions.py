@@ -1,8 +1,8 @@
 """What the properties found, each by its smallest case."""
 
 import torch
-from inputs import make_logits
-from oracles import exact, max_error
+from inputs import LAYOUTS, make_logits
+from oracles import exact, loss_and_grad, max_error
 
 from oe_ext import outlier_exposure_loss
 
@@ -60,3 +60,13 @@ def test_no_derivative_of_alpha_meets_a_row_of_nan(device):
     (second,) = torch.autograd.grad(grad[1:].square().sum(), leaves[1])
     assert second[[0, 2]].tolist() == [0, 0]
     assert second[1] > 0
+
+
+def test_a_crop_of_channels_last_images_keeps_its_format(device):
+    """It was copied to the other one, and its gradient came back in that."""
+    wide = make_logits((2, 3, 4, 6), torch.float32, device)
+    logits = LAYOUTS["channels_last"](wide)[..., 1:-1]
+    target = torch.zeros(2, 4, 4, dtype=torch.int64, device=device)
+    _, grad = loss_and_grad(outlier_exposure_loss, logits, target)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    assert max_error(grad, exact(logits, target)[1]) <= 1e-7
