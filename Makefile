@@ -11,14 +11,23 @@ SOURCES := setup.py pyproject.toml oe_ext/_build.py \
 BUILT := $(VENV)/built-torch-$(TORCH)
 CUDA_TOOLS := $(VENV)/cuda-tools
 
-.PHONY: demo test test-cpp test-sanitizers test-asan-python test-levels test-packaging test-mutants test-nvcc test-cuda bench bench-cuda instructions \
+.PHONY: demo test fuzz test-scale test-cpp test-sanitizers test-asan-python test-levels test-packaging \
+        test-mutants test-nvcc test-cuda bench bench-cuda instructions \
         ptx sass-report cuda-model lint format build clean
 
 demo: $(BUILT)  ## train on real data, with and without Outlier Exposure
 	$(BIN)/python examples/train_digits.py $(ARGS)
 
 test: $(BUILT)  ## the Python tests
-	$(BIN)/python -m pytest -m "not packaging and not mutants and not nvcc" $(ARGS)
+	$(BIN)/python -m pytest -m "not packaging and not mutants and not nvcc and not scale" $(ARGS)
+
+SEED ?= 0
+fuzz: $(BUILT)  ## 20,000 examples of the properties, others for every SEED: minutes
+	$(BIN)/python -m pytest -q tests/test_properties.py tests/test_sequences.py \
+	  --hypothesis-profile=fuzz --hypothesis-seed=$(SEED) --hypothesis-show-statistics $(ARGS)
+
+test-scale: $(BUILT)  ## billions of logits, millions of rows, 10^5 calls; 20 GiB of memory: minutes
+	$(BIN)/python -m pytest -m scale --durations=0 $(ARGS)
 
 test-cpp: $(BUILT)  ## the C++ tests, through CMake and ctest
 	test -f /usr/include/gtest/gtest.h || (apt-get update -qq && apt-get install -y -qq libgtest-dev)
@@ -54,7 +63,7 @@ test-asan-python: $(BUILT)  ## Python tests of the CPU operators, compiled with 
 test-levels: $(BUILT)  ## the CPU tests at every capability below this processor's: a minute or two
 	for level in default avx2; do \
 	  ATEN_CPU_CAPABILITY=$$level $(BIN)/python -m pytest -q \
-	    -m "not packaging and not mutants and not nvcc" -k "not simt" $(ARGS) || exit 1; \
+	    -m "not packaging and not mutants and not nvcc and not scale" -k "not simt" $(ARGS) || exit 1; \
 	done
 
 test-packaging: $(BUILT)  ## wheel, sdist, pip with and without isolation, JIT: minutes
@@ -69,7 +78,7 @@ test-nvcc: $(BUILT) $(CUDA_TOOLS)  ## the CUDA kernels' machine code; needs nvcc
 # On a GPU: the same tests with device "cuda", then each of compute-sanitizer's tools over a part.
 test-cuda: $(BUILT)
 	$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available() and 'make test-cuda needs a GPU, and TORCH= a CUDA build of torch')"
-	$(BIN)/python -m pytest -m "not packaging and not mutants and not nvcc" -k "cuda" $(ARGS)
+	$(BIN)/python -m pytest -m "not packaging and not mutants and not nvcc and not scale" -k "cuda" $(ARGS)
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    $(BIN)/python -m pytest -q tests/test_values.py -k "cuda and (row_counts or class_counts or tiles)" || exit 1; \

@@ -7,6 +7,12 @@ from collections.abc import Iterator
 import pytest
 import simt_device
 import torch
+from hypothesis import settings
+
+# How many examples test_properties.py and its like try in all.
+settings.register_profile("test", max_examples=1000, derandomize=True, database=None, deadline=None)
+settings.register_profile("fuzz", max_examples=20_000, deadline=None, print_blob=True)
+settings.load_profile("test")
 
 DEVICES = ["cpu", "simt"] + (["cuda"] if torch.cuda.is_available() else [])
 

@@ -1,0 +1,135 @@
+"""How far from the reference in float64 a result may lie.
+
+A few roundings of the arithmetic (``ARITHMETIC``, as the cases of the SIMT harness), each relative
+to what one position contributes; then one rounding to the dtype of the result, which is done and
+not estimated, so that overflow, underflow and ties come out as they must. Where the reference
+itself, in the dtype of the arithmetic, leaves the numbers, the same is allowed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from simt_cases import ARITHMETIC
+from strategies import Case, Inputs
+from torch import Tensor
+
+from oe_ext import reference
+
+
+@dataclass(frozen=True)
+class Results:
+    """The loss, and its gradients; that of alpha where alpha is a tensor."""
+
+    loss: Tensor
+    grad: Tensor
+    alpha_grad: Tensor | None
+
+
+def reference_results(case: Case, inputs: Inputs, upstream: Tensor, dtype: torch.dtype) -> Results:
+    """The reference's own, on the same values in another dtype."""
+    logits = inputs.logits.to(dtype).requires_grad_()
+    # Both go through the dtype of the operator's arithmetic first.
+    alpha = torch.as_tensor(inputs.alpha, dtype=case.acc_dtype).detach().to(dtype)
+
+    def loss_of(alpha: Tensor) -> Tensor:
+        function = reference.outlier_exposure_loss
+        return function(logits, inputs.target, alpha, case.reduction, **case.marks)
+
+    # A learnable alpha makes the reference look at outliers of weight 0: one call for each.
+    loss = loss_of(alpha)
+    (grad,) = torch.autograd.grad(loss, logits, upstream.to(dtype), allow_unused=True)
+    alpha_grad = None
+    if case.alpha_dtype is not None:
+        alpha.requires_grad_()
+        (alpha_grad,) = torch.autograd.grad(loss_of(alpha), alpha, upstream.to(dtype))
+    return Results(loss.detach(), grad, alpha_grad)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Absolute, of the arithmetic."""
+
+    loss: Tensor
+    grad: Tensor
+    alpha_grad: Tensor | None
+
+
+def budgets(case: Case, inputs: Inputs, upstream: Tensor) -> Budgets:
+    rounding = ARITHMETIC[case.acc_dtype]
+    smallest = torch.finfo(case.acc_dtype).smallest_normal * torch.finfo(case.acc_dtype).eps
+    inlier, outlier = reference.inliers_and_outliers(inputs.target, *case.marks.values())
+    cross_entropy = reference.outlier_exposure_loss(
+        inputs.logits.double(), inputs.target, 1.0, "none", **case.marks
+    )
+    alpha = torch.as_tensor(inputs.alpha, dtype=case.acc_dtype).detach().double()
+    weight = torch.where(outlier, alpha, inlier.double()).abs()
+    if case.reduction == "mean":
+        divisor = (inlier | outlier).sum().expand(inlier.shape)
+    elif case.reduction == "group_mean":
+        divisor = torch.where(outlier, outlier.sum(), inlier.sum())
+    else:
+        divisor = torch.ones_like(inlier, dtype=torch.int64)
+    share = torch.where(inlier | outlier, 1 / divisor.clamp(min=1).double(), 0)
+    # The terms of a row's loss are positive; their roundings are relative to them, but for that of
+    # the logarithm, whose argument is at least 1.
+    of_row = rounding * cross_entropy.nan_to_num(posinf=0).clamp(min=1)
+    loss = torch.where(weight != 0, weight * share * of_row, 0)
+    if case.reduction not in (None, "none"):
+        loss = loss.sum()
+    upstream = upstream.double().abs()
+    scale = torch.where(weight != 0, weight * share * upstream, 0)
+    alpha_grad = None
+    if isinstance(inputs.alpha, Tensor):
+        of_alpha = torch.where(outlier, 4 * of_row * share * upstream, 0)
+        alpha_grad = of_alpha.sum_to_size(inputs.alpha.shape) + 4 * smallest
+    return Budgets(
+        loss=loss + 4 * smallest * (weight != 0).any(),
+        # to be exactly 0 where nothing counts
+        grad=(2 * rounding * scale + torch.where(scale != 0, 4 * smallest, 0)).unsqueeze(1),
+        alpha_grad=alpha_grad,
+    )
+
+
+def outside(actual: Tensor, truth: Tensor, budget: Tensor, native: Tensor) -> Tensor:
+    """Where a result is neither within its budget of the truth, nor as the reference's own in the
+    same arithmetic, if that is no number."""
+    dtype = actual.dtype
+    low, high = (truth - budget).to(dtype), (truth + budget).to(dtype)
+    nearest = truth.to(dtype)
+    is_good = torch.where(
+        nearest.isnan(), actual.isnan(), (low <= actual) & (actual <= high) | (actual == nearest)
+    )
+    overflowed = ~native.isfinite()
+    as_native = overflowed & ((actual == native) | (actual.isnan() & native.isnan()))
+    return ~(is_good | as_native)
+
+
+def check(what: str, actual: Tensor, truth: Tensor, budget: Tensor, native: Tensor) -> None:
+    assert actual.shape == truth.shape, what
+    wrong = outside(actual, truth, budget, native)
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        expected = truth[where].item()
+        allowed = budget.expand(truth.shape)[where].item()
+        raise AssertionError(
+            f"{what}: {actual[where].item()!r} at {where}, where {expected!r} is right, give or "
+            f"take {allowed:.2e}; {int(wrong.sum())} of {wrong.numel()} are wrong"
+        )
+
+
+def check_results(case: Case, inputs: Inputs, upstream: Tensor, actual: Results) -> None:
+    truth = reference_results(case, inputs, upstream, torch.float64)
+    native = reference_results(case, inputs, upstream, case.acc_dtype)
+    allowed = budgets(case, inputs, upstream)
+    check("loss", actual.loss, truth.loss, allowed.loss, native.loss)
+    check("gradient", actual.grad, truth.grad, allowed.grad, native.grad)
+    if actual.alpha_grad is not None:
+        check(
+            "gradient of alpha",
+            actual.alpha_grad,
+            truth.alpha_grad,
+            allowed.alpha_grad,
+            native.alpha_grad,
+        )

@@ -1,0 +1,236 @@
+"""What holds for any input: value and gradients against the reference, errors, symmetries.
+
+1,000 examples in ``make test``, always the same; 20,000 new ones in ``make fuzz``. What was found
+is in test_regressions.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import simt_device
+import torch
+from budgets import Results, check_results
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import Case, Inputs, Layout, cases, kind_of
+
+from oe_ext import outlier_exposure_loss
+
+TOTAL = settings().max_examples
+
+
+def examples(per_thousand: int) -> settings:
+    return settings(max_examples=max(1, TOTAL * per_thousand // 1000))
+
+
+def loss_of(case: Case, inputs: Inputs) -> torch.Tensor:
+    return outlier_exposure_loss(
+        inputs.logits, inputs.target, inputs.alpha, case.reduction, **case.marks
+    )
+
+
+def storage_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of all bytes behind a tensor, those in its gaps too."""
+    storage = tensor.detach().untyped_storage()
+    return torch.tensor([], dtype=torch.uint8).set_(storage).clone()
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def has_layout_of(grad: torch.Tensor, logits: torch.Tensor) -> bool:
+    """The strides of the logits without their gaps; where no single stride walks the pixels, those
+    of a memory format."""
+    allowed = [torch.empty_like(logits)]
+    try:
+        if logits.numel() > 0:
+            logits.view(*logits.shape[:2], -1)
+    except RuntimeError:
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for memory_format in (torch.contiguous_format, formats.get(logits.dim())):
+            if memory_format is not None:
+                allowed.append(torch.empty(logits.shape).to(memory_format=memory_format))
+    return any(
+        all(
+            size == 1 or actual == expected
+            for size, actual, expected in zip(
+                logits.shape, grad.stride(), like.stride(), strict=True
+            )
+        )
+        for like in allowed
+    )
+
+
+def check_case(case: Case) -> None:
+    """All that is promised of one call."""
+    inputs = case.make()
+    logits, target, alpha = inputs
+    before = storage_of(logits), storage_of(target)
+    leaves = [logits.requires_grad_()]
+    if isinstance(alpha, torch.Tensor):
+        leaves.append(alpha.requires_grad_())
+    loss = loss_of(case, inputs)
+    assert loss.dtype == case.acc_dtype
+    assert loss.shape == (case.target_shape if case.reduction in (None, "none") else ())
+
+    # The graph is kept the first time, and gives up what it holds the second.
+    upstream = case.make_upstream(loss)
+    first = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+    copies = [grad.clone() for grad in first]
+    last = torch.autograd.grad(loss, leaves, upstream)
+    for leaf, *grads in zip(leaves, first, copies, last, strict=True):
+        assert all(grad.dtype == leaf.dtype for grad in grads)
+        assert all(grad.shape == leaf.shape for grad in grads)
+        assert_same_bits(grads[0], grads[1])
+        assert_same_bits(grads[2], grads[1])
+    assert has_layout_of(first[0], logits)
+    assert has_layout_of(last[0], logits)
+    for tensor, stored in zip((logits, target), before, strict=True):
+        assert torch.equal(storage_of(tensor), stored), "the caller's own was written to"
+
+    with torch.no_grad():
+        assert_same_bits(loss_of(case, inputs), loss.detach())
+    alpha_grad = last[1] if len(last) > 1 else None
+    check_results(case, inputs, upstream, Results(loss.detach(), last[0], alpha_grad))
+
+
+@examples(500)
+@given(cases())
+def test_against_the_reference(case):
+    check_case(case)
+
+
+@examples(60)
+@given(cases(max_logits=400))
+def test_against_the_reference_on_simt(case):
+    with simt_device.active():
+        check_case(case)
+
+
+@examples(20)
+@given(cases(max_logits=200_000), st.integers(2, 9))
+def test_any_number_of_threads_gives_the_same_bits(case, threads):
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, threads):
+            torch.set_num_threads(number)
+            inputs = case.make()
+            loss = loss_of(case, inputs._replace(logits=inputs.logits.requires_grad_()))
+            (grad,) = torch.autograd.grad(loss, inputs.logits, case.make_upstream(loss))
+            results.append((loss.detach(), grad))
+    finally:
+        torch.set_num_threads(before)
+    for one, many in zip(*results, strict=True):
+        assert_same_bits(many, one)
+
+
+@examples(120)
+@given(st.data())
+def test_an_illegal_label_is_named(data):
+    case = data.draw(cases())
+    logits, target, alpha = case.make()
+    info = torch.iinfo(case.label_dtype)
+    candidates = {-1, -7, case.shape[1], case.shape[1] + 1, 255, info.max, info.min, *case.labels}
+    illegal = sorted(
+        label
+        for label in candidates
+        if info.min <= label <= info.max
+        and kind_of(label, case.shape[1], *case.marks.values()) == "illegal"
+    )
+    if not illegal or target.numel() == 0:
+        return
+    label = data.draw(st.sampled_from(illegal))
+    where = tuple(data.draw(st.integers(0, size - 1)) for size in target.shape)
+    target = target.clone()
+    target[where] = label
+    logits.requires_grad_(data.draw(st.booleans()))
+    with pytest.raises(IndexError) as error:
+        loss_of(case, Inputs(logits, target, alpha))
+    text = str(error.value)
+    for part in (f"[0, {case.shape[1]})", f"got {label} ", f"position {list(where)}"):
+        assert part in text
+    assert f"C = {case.shape[1]}" in text
+    assert logits.grad is None
+
+
+@examples(60)
+@given(cases(finite=True), st.sampled_from([1.0, -3.0, 1024.0, -65536.0]))
+def test_a_shift_changes_no_bit(case, shift):
+    """Of multiples of 1/64, which are exact when they are shifted."""
+    case = dataclasses.replace(case, scale=1.0, offset=0.0, dtype=torch.float32)
+    inputs = case.make()
+    coarse = (inputs.logits * 64).round() / 64
+    results = []
+    for logits in (coarse, coarse + shift):
+        logits = case.layout.place(logits, 0.0).requires_grad_()
+        loss = loss_of(case, inputs._replace(logits=logits))
+        (grad,) = torch.autograd.grad(loss, logits, case.make_upstream(loss))
+        results.append((loss.detach(), grad))
+    for shifted, plain in zip(*results, strict=True):
+        assert_same_bits(shifted, plain)
+
+
+def rows_of(case: Case, inputs: Inputs, index: torch.Tensor) -> Inputs:
+    """Some of the batch, in another order."""
+    alpha = inputs.alpha
+    if isinstance(alpha, torch.Tensor) and alpha.dim() == inputs.target.dim() and len(alpha) > 1:
+        alpha = alpha[index]
+    logits = case.layout.place(inputs.logits[index], 0.0)
+    return Inputs(logits, inputs.target[index], alpha)
+
+
+@examples(80)
+@given(cases(), st.randoms(use_true_random=False))
+def test_a_position_knows_nothing_of_the_others(case, random):
+    """The losses and gradients of some of the batch, in any order, are those of the whole."""
+    contiguous = Layout.dense(*range(len(case.shape)))  # others may be walked otherwise if alone
+    case = dataclasses.replace(case, reduction="none", upstream="one", layout=contiguous)
+    inputs = case.make()
+    size = len(inputs.target)
+    chosen = torch.tensor(random.sample(range(size), random.randint(0, size)), dtype=torch.int64)
+    results = []
+    for some in (inputs, rows_of(case, inputs, chosen)):
+        logits = some.logits.detach().requires_grad_()
+        loss = loss_of(case, some._replace(logits=logits))
+        (grad,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+        results.append((loss.detach(), grad))
+    for whole, part in zip(*results, strict=True):
+        assert_same_bits(part, whole[chosen])
+
+
+@examples(60)
+@given(cases(), st.randoms(use_true_random=False))
+def test_the_order_of_the_classes_does_not_matter(case, random):
+    """But to the rounding of their sums."""
+    classes = range(case.shape[1])
+    ignore_index, ood_index = (None if m in classes else m for m in case.marks.values())
+    case = dataclasses.replace(case, ignore_index=ignore_index, ood_index=ood_index)
+    inputs = case.make()
+    order = torch.tensor(random.sample(classes, len(classes)))
+    labels = inputs.target.long()
+    is_class = (labels >= 0) & (labels < len(classes))
+    moved = torch.where(is_class, order.argsort()[torch.where(is_class, labels, 0)], labels)
+    logits = inputs.logits[:, order].requires_grad_()
+    loss = loss_of(case, Inputs(logits, moved, inputs.alpha))
+    upstream = case.make_upstream(loss)
+    (grad,) = torch.autograd.grad(loss, logits, upstream)
+    results = Results(loss.detach(), grad[:, order.argsort()], None)
+    check_results(case, inputs, upstream, results)
+
+
+@examples(60)
+@given(cases())
+def test_how_labels_are_stored_does_not_matter(case):
+    inputs = case.make()
+    results = []
+    for target in (inputs.target, inputs.target.long().contiguous()):
+        logits = inputs.logits.detach().requires_grad_()
+        loss = loss_of(case, inputs._replace(logits=logits, target=target))
+        (grad,) = torch.autograd.grad(loss, logits, case.make_upstream(loss))
+        results.append((loss.detach(), grad))
+    for stored, plain in zip(*results, strict=True):
+        assert_same_bits(stored, plain)
