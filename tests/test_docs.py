@@ -1,0 +1,119 @@
+"""The documentation, executed: its Python runs, and what its text names exists."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch.utils.cpp_extension
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+import oe_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("bench/*.md")]
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+README = (ROOT / "README.md").read_text()
+
+
+def bash_of(page: Path) -> str:
+    return "\n".join(re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S))
+
+
+def python_blocks(page: Path) -> list:
+    return list(Sybil(parsers=[PythonCodeBlockParser()], path=str(page.parent)).parse(page))
+
+
+def test_there_are_blocks_to_run():
+    assert len(python_blocks(ROOT / "README.md")) >= 1
+    assert len(re.findall(r"\bmake [a-z]", bash_of(ROOT / "README.md"))) > 10
+
+
+@EACH_PAGE
+def test_python_runs(page, tmp_path, monkeypatch):
+    """In the order of the page, each block after those above it."""
+    monkeypatch.chdir(tmp_path)
+    for example in python_blocks(page):
+        example.evaluate()
+
+
+@EACH_PAGE
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert "test" in targets
+    text = bash_of(page) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", page.read_text()))
+    assert set(re.findall(r"^make ([a-z][a-z-]*)", text, re.M)) <= targets
+
+
+@EACH_PAGE
+def test_files_exist(page):
+    """Those of links and pictures, and those of this tree that text or commands name."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+    missing = [link for link in links if not (page.parent / link).exists()]
+    code = bash_of(page).split() + re.findall(r"`([^`\n]+)`", page.read_text())
+    folders = "csrc|oe_ext|tests|bench|examples|docs|cmake|\\.ci"
+    for word in code:
+        found = re.fullmatch(rf"((?:{folders})/[\w./-]*\w)(?:::\w+)?", word)
+        if found and not (ROOT / found[1]).exists():
+            missing.append(found[1])
+    assert missing == []
+
+
+# Read by others than us: what they do is theirs.
+FOREIGN_VARIABLES = {
+    "TORCH_CUDA_ARCH_LIST": "torch.utils.cpp_extension",
+    "ATEN_CPU_CAPABILITY": "libtorch_cpu.so",
+}
+
+
+def test_environment_variables_are_read():
+    text = "\n".join(page.read_text() for page in PAGES)
+    variables = set(re.findall(r"\b((?:OE_EXT|ATEN|TORCH|FORCE|HYPOTHESIS)_[A-Z_]+)(?==|`)", text))
+    assert {"OE_EXT_JIT", "FORCE_CUDA", "ATEN_CPU_CAPABILITY"} <= variables
+    paths = [ROOT / "setup.py", ROOT / "CMakeLists.txt", ROOT / "cmake", ROOT / "Makefile"]
+    paths += [ROOT / "oe_ext", ROOT / "csrc"]
+    sources = [path for root in paths for path in ([root] if root.is_file() else root.rglob("*"))]
+    names = {".py", ".txt", ".cmake", ".in", ".h", ".cpp", ""}
+    code = "\n".join(
+        path.read_text() for path in sources if path.is_file() and path.suffix in names
+    )
+    for variable in variables - set(FOREIGN_VARIABLES):
+        assert re.search(rf"\b{variable}\b", code), f"nothing reads {variable}"
+
+    cpp_extension = Path(torch.utils.cpp_extension.__file__).read_text()
+    assert "TORCH_CUDA_ARCH_LIST" in cpp_extension
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    assert b"ATEN_CPU_CAPABILITY" in library.read_bytes()
+
+
+def shown_parameters(name: str, page: str) -> list[list[str]]:
+    """Of every call of a name whose arguments are all ``name=default`` or a plain name, as in a
+    signature: ``f(logits, target, alpha=0.5, *, ignore_index=None)``."""
+    calls = re.findall(rf"^(?:[\w.]+ = )?(?:\w+\.)*{name}\((.*?\*,.*?)\)", page, re.M)
+    return [re.split(r",\s*", call) for call in calls]
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("OutlierExposureLoss", oe_ext.OutlierExposureLoss),
+        ("outlier_exposure_loss", oe_ext.outlier_exposure_loss),
+    ],
+)
+def test_signatures_are_the_codes(name, function):
+    """A signature may stop before the last parameters, which text elsewhere explains, but what it
+    shows is in the code's order, with the code's kinds and defaults."""
+    shown = shown_parameters(name, README)
+    assert shown, f"the README shows no signature of {name}"
+    actual = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in actual:
+            actual.append("*")
+        default = parameter.default
+        suffix = "" if default is parameter.empty else f"={default!r}".replace("'", '"')
+        actual.append(parameter.name + suffix)
+    for parameters in shown:
+        assert parameters == actual[: len(parameters)]
