@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,11 +36,23 @@ def test_there_are_blocks_to_run():
 
 
 @EACH_PAGE
-def test_python_runs(page, tmp_path, monkeypatch):
-    """In the order of the page, each block after those above it."""
-    monkeypatch.chdir(tmp_path)
-    for example in python_blocks(page):
-        example.evaluate()
+def test_python_runs(page, tmp_path):
+    """In the order of the page, each block after those above it; in two processes, which some of
+    them are for."""
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(block.parsed for block in python_blocks(page)))
+    if not script.read_text():
+        return
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @EACH_PAGE

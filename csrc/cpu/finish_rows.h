@@ -171,8 +171,7 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
     stats.max = V::load(rows.max + i);
     stats.sum_exp = V::load(rows.sum_exp + i);
     stats.sum_shifted = V::load(rows.sum_shifted + i);
-    const GradientLanes<acc_t> gradient =
-        finisher.finish(i, stats, V::load(rows.at_label + i));
+    const GradientLanes<acc_t> gradient = finisher.finish(i, stats, V::load(rows.at_label + i));
     gradient.inverse_sum.store(rows.inverse_sum + i);
     gradient.scale.store(rows.scale + i);
     gradient.uniform.store(rows.uniform + i);
