@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shlex
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +28,15 @@ def build_and_load(root: Path) -> tuple[ModuleType, str]:
 
     build = _build.describe_build(root)
     name = module_name(root, build)
-    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-    with _locked(folder), _ninja_on_path():
-        # Whoever holds our lock builds alone: a lock of torch's own is left from a killed build,
-        # and torch would wait for it for ever.
-        (folder / "lock").unlink(missing_ok=True)
-        try:
+    # The name tells interpreters and versions apart; torch's own function would create the folder.
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = Path(cache).resolve() / name  # links may be changed later
+    try:
+        make_private(folder)
+        with _locked(folder), _ninja_on_path():
+            # Whoever holds our lock builds alone: a lock of torch's own is left from a killed
+            # build, and torch would wait for it for ever.
+            (folder / "lock").unlink(missing_ok=True)
             module = cpp_extension.load(
                 name=name,
                 sources=[str(root / source) for source in build.sources],
@@ -44,13 +48,56 @@ def build_and_load(root: Path) -> tuple[ModuleType, str]:
                 with_cuda=build.cuda,
                 verbose=os.environ.get("OE_EXT_VERBOSE") == "1",
             )
-        except (RuntimeError, OSError) as error:
-            raise ImportError(
-                f"the JIT build of oe_ext in {folder} failed. It needs a C++20 compiler (g++ >= "
-                "11), ninja and torch's headers; OE_EXT_VERBOSE=1 shows the build. The error "
-                f"was:\n{error}"
-            ) from error
+    except (RuntimeError, OSError) as error:
+        raise ImportError(
+            f"the JIT build of oe_ext in {folder} failed. It needs a C++20 compiler (g++ >= "
+            "11), ninja, torch's headers, and a folder that can be written to, with some MB free "
+            "(TORCH_EXTENSIONS_DIR names another one); OE_EXT_VERBOSE=1 shows the build. The "
+            f"error was:\n{error}"
+        ) from error
     return module, f"{module.__file__} (JIT build of {root / 'csrc'})"
+
+
+def make_private(folder: Path) -> None:
+    """Creates a folder of which nobody else can change what is loaded from it, or checks that it
+    is one.
+
+    Raises:
+        ImportError: somebody else can, or could.
+    """
+    for path in [*reversed(folder.parents), folder]:
+        path.mkdir(mode=0o700, exist_ok=True)
+    for path in (folder, *folder.parents):
+        fault = _fault_of_folder(path, private=path == folder)
+        if fault:
+            raise _not_private(path, fault)
+    for entry in os.scandir(folder):
+        if entry.is_symlink() or entry.stat(follow_symlinks=False).st_uid != os.getuid():
+            raise _not_private(folder, f"it holds {entry.name}, a link or another user's file")
+
+
+def _fault_of_folder(path: Path, *, private: bool) -> str:
+    """Who else could put something in the place of what lies in a folder; empty for nobody."""
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        return "it is not a folder, but a link or a file"
+    if status.st_uid != os.getuid() and (private or status.st_uid != 0):
+        return f"it belongs to the user with number {status.st_uid}"
+    writers = stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+    if not private:
+        if status.st_mode & stat.S_ISVTX:  # as /tmp: what lies in it is its owner's alone
+            return ""
+        if status.st_gid == os.getgid():  # the user's own group, where the umask is 002
+            writers &= ~stat.S_IWGRP
+    return f"others can write to it (mode {stat.S_IMODE(status.st_mode):o})" if writers else ""
+
+
+def _not_private(path: Path, fault: str) -> ImportError:
+    return ImportError(
+        f"oe_ext neither builds in {path} nor loads a library from there: {fault}. Whoever can "
+        "change a library can run code as you. Remove it, make it yours alone (chmod 700), or set "
+        "TORCH_EXTENSIONS_DIR to a folder that is."
+    )
 
 
 def module_name(root: Path, build: _build.Build) -> str:

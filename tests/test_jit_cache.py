@@ -1,0 +1,147 @@
+"""The folder of the JIT build: nobody else's, or nothing is built there or loaded from there; and
+what stands in a build's way ends in one error that says what to do."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oe_ext import _jit
+
+ROOT = Path(__file__).resolve().parent.parent
+is_root = os.getuid() == 0
+
+
+def test_every_folder_that_is_made_is_private(tmp_path):
+    folder = tmp_path / "cache" / "oe_ext_jit_0"
+    before = os.umask(0)
+    try:
+        _jit.make_private(folder)
+    finally:
+        os.umask(before)
+    for path in (folder, folder.parent):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    _jit.make_private(folder)  # and it will do the next time
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
+def test_a_folder_that_others_can_write_to(tmp_path, mode):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(ImportError, match=rf"mode {mode:o}.*\n?.*chmod 700.*TORCH_EXTENSIONS_DIR"):
+        _jit.make_private(folder)
+
+
+def test_a_folder_in_one_that_others_can_write_to(tmp_path):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(ImportError, match=re.escape(str(tmp_path / "open"))):
+        _jit.make_private(tmp_path / "open" / "cache")
+    (tmp_path / "open").chmod(0o1777)  # as /tmp
+    _jit.make_private(tmp_path / "open" / "cache")
+
+
+def test_a_link_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / "cache").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ImportError, match="not a folder, but a link"):
+        _jit.make_private(tmp_path / "cache")
+
+
+def test_a_link_in_the_folder(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    (folder / "oe_ext_jit_0.so").symlink_to(tmp_path / "theirs.so")
+    with pytest.raises(ImportError, match=r"holds oe_ext_jit_0\.so, a link"):
+        _jit.make_private(folder)
+
+
+@pytest.mark.skipif(not is_root, reason="only root can give files away")
+@pytest.mark.parametrize("what", ["folder", "parent", "file"])
+def test_another_users_property(tmp_path, what):
+    folder = tmp_path / "parent" / "cache"
+    folder.mkdir(parents=True)
+    folder.chmod(0o700)
+    library = folder / "oe_ext_jit_0.so"
+    library.touch()
+    os.chown({"folder": folder, "parent": folder.parent, "file": library}[what], 12345, 12345)
+    with pytest.raises(ImportError, match=r"number 12345|another user's file"):
+        _jit.make_private(folder)
+
+
+def import_by_jit(checkout: Path, cache: Path, **environment: str) -> subprocess.CompletedProcess:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("OE_EXT_")}
+    env |= {"PYTHONPATH": str(checkout), "TORCH_EXTENSIONS_DIR": str(cache), "OE_EXT_JIT": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", "import oe_ext"],
+        cwd=checkout,
+        env=env | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """The package and its sources, under a name with a space and letters beyond ASCII."""
+    folder = tmp_path_factory.mktemp("jit") / "an é checkout"
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "oe_ext", folder / "oe_ext", ignore=ignore)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    return folder
+
+
+def path_without(tmp_path: Path, *missing: str) -> str:
+    """A PATH with links to all programs of PATH but these."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for part in os.environ["PATH"].split(os.pathsep):
+        for program in Path(part).glob("*") if Path(part).is_dir() else ():
+            link = folder / program.name
+            if program.name not in missing and not link.exists():
+                link.symlink_to(program)
+    return str(folder)
+
+
+def assert_one_clear_error(done: subprocess.CompletedProcess, *parts: str) -> None:
+    assert done.returncode == 1, done.stderr[-2000:]
+    error = done.stderr[done.stderr.rindex("ImportError: ") :]
+    for part in ("TORCH_EXTENSIONS_DIR", *parts):
+        assert part in error
+
+
+def test_no_compiler(checkout, tmp_path):
+    path = path_without(tmp_path, "g++", "c++", "gcc", "cc")
+    done = import_by_jit(checkout, tmp_path / "cache", PATH=path)
+    assert_one_clear_error(done, "g++ >= 11")
+
+
+def test_a_cache_that_cannot_be_made(checkout, tmp_path):
+    """A file stands in its place: root may write to what is read-only."""
+    (tmp_path / "cache").touch()
+    done = import_by_jit(checkout, tmp_path / "cache" / "inner")
+    assert_one_clear_error(done, "can be written to", "File exists")
+
+
+def test_a_disk_with_no_room(checkout, tmp_path):
+    """No file may grow beyond 8 KiB: the compiler fails as on a full disk."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"
+    (tmp_path / "limits").mkdir()
+    (tmp_path / "limits" / "sitecustomize.py").write_text(limit)
+    path = os.pathsep.join([str(tmp_path / "limits"), str(checkout)])
+    done = import_by_jit(checkout, tmp_path / "cache", PYTHONPATH=path)
+    assert_one_clear_error(done, "some MB free")
+
+
+def test_a_cache_that_others_can_write_to(checkout, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    assert_one_clear_error(import_by_jit(checkout, tmp_path / "cache"), "others can write to it")
