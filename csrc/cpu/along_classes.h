@@ -53,28 +53,13 @@ class RowSums {
       : logits_(logits), num_classes_(num_classes), max_(max), exps_(exps) {}
 
   OE_EXT_INLINE void add_all() {
+    constexpr int64_t kChain = kChainLength * kBlockSize;
     int64_t i = 0;
-    for (; num_classes_ - i > kChainLength * 4 * V::kSize; i += kChainLength * 4 * V::kSize) {
-      add_vectors_of_four(i, i + kChainLength * 4 * V::kSize);
+    for (; num_classes_ - i > kChain; i += kChain) {
+      add_blocks(i, i + kChain);
       end_chain();
     }
-    i = add_vectors_of_four(i, num_classes_);
-    switch ((num_classes_ - i + V::kSize - 1) / V::kSize) {
-      case 1:
-        add_last<1>(i);
-        break;
-      case 2:
-        add_last<2>(i);
-        break;
-      case 3:
-        add_last<3>(i);
-        break;
-      case 4:
-        add_last<4>(i);
-        break;
-      default:
-        break;
-    }
+    add_last<kBlock>(add_blocks(i, num_classes_));
     end_chain();
   }
 
@@ -82,20 +67,33 @@ class RowSums {
   acc_t sum_shifted() const { return static_cast<acc_t>(sum_shifted_); }
 
  private:
-  OE_EXT_INLINE int64_t add_vectors_of_four(int64_t i, int64_t end) {
-    for (; i + 4 * V::kSize <= end; i += 4 * V::kSize) {
-      V shifted[4];
-      V exp_shifted[4];
+  static constexpr int64_t kBlockSize = kBlock * V::kSize;
+
+  OE_EXT_INLINE int64_t add_blocks(int64_t i, int64_t end) {
+    for (; i + kBlockSize <= end; i += kBlockSize) {
+      V shifted[kBlock];
+      V exp_shifted[kBlock];
       read(i, shifted, exp_shifted);
-      chain_.add_terms((shifted[0] + shifted[1]) + (shifted[2] + shifted[3]),
-                       (exp_shifted[0] + exp_shifted[1]) + (exp_shifted[2] + exp_shifted[3]));
+      for (int width = kBlock / 2; width > 0; width /= 2) {
+        for (int j = 0; j < width; ++j) {
+          shifted[j] += shifted[j + width];
+          exp_shifted[j] += exp_shifted[j + width];
+        }
+      }
+      chain_.add_terms(shifted[0], exp_shifted[0]);
     }
     return i;
   }
 
-  // The last kCount vectors of the row, of which the last may overlap the one before.
+  // What is left of the row, at most kCount vectors, of which the last may overlap the one before.
   template <int kCount>
   OE_EXT_INLINE void add_last(int64_t i) {
+    if (num_classes_ - i <= (kCount - 1) * V::kSize) {
+      if constexpr (kCount > 1) {
+        add_last<kCount - 1>(i);
+      }
+      return;
+    }
     V shifted[kCount];
     V exp_shifted[kCount];
     read(i, shifted, exp_shifted);

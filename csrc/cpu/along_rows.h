@@ -7,9 +7,6 @@
 namespace oe_ext::cpu {
 namespace {
 
-// Vectors that are worked on at once, so that their chains of operations overlap.
-constexpr int kBlock = kVectorBytes == 64 ? 4 : 2;
-
 // Runs walk.run<count>(row) for the rows of whole vectors, with count vectors at once.
 template <typename acc_t, typename Walk>
 void for_each_block(int64_t num_rows, Walk& walk) {

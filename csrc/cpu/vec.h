@@ -10,6 +10,10 @@
 namespace oe_ext::cpu {
 namespace {
 
+// Vectors that are worked on at once, so that their chains of operations overlap: as many as there
+// are registers for.
+constexpr int kBlock = kVectorBytes == 64 ? 4 : 2;
+
 template <typename T>
 struct IntegerOf;
 template <>
