@@ -46,18 +46,19 @@ test-sanitizers: $(BUILT)  ## the C++ tests, the CUDA kernels' too, with ASan an
 	done
 
 # Python is not compiled with it, so its library is loaded first; libstdc++ too, whose throw it
-# replaces. What Python and torch never free is not ours to count.
+# replaces. What Python and torch never free is not ours to count. From the folder of the build: the
+# checkout holds a library too.
 ASAN_LIBRARY = build/asan-python
 test-asan-python: $(BUILT)  ## Python tests of the CPU operators, compiled with ASan and UBSan: minutes
 	PATH="$(abspath $(BIN)):$$PATH" LDFLAGS="-fsanitize=address,undefined" \
 	  CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
 	  $(BIN)/python setup.py -q build_ext --build-temp $(ASAN_LIBRARY)/temp --build-lib $(ASAN_LIBRARY)/lib \
 	  build_py --build-lib $(ASAN_LIBRARY)/lib
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(ASAN_LIBRARY)/lib \
-	  $(BIN)/python -m pytest -q -k "not simt" tests/test_values.py tests/test_layouts.py tests/test_edges.py \
-	    tests/test_errors.py tests/test_autograd.py tests/test_unit_gradient.py tests/test_stats.py \
-	    tests/test_vmap.py tests/test_module.py tests/test_cpu_kernels.py $(ARGS)
+	cd $(ASAN_LIBRARY)/lib && export ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" && \
+	  $(abspath $(BIN))/python -c "import oe_ext; assert 'asan-python' in oe_ext._ext.origin, oe_ext._ext.origin" && \
+	  $(abspath $(BIN))/python -m pytest -q -k "not simt" \
+	    $(foreach name,values layouts edges errors autograd unit_gradient stats vmap module cpu_kernels,$(CURDIR)/tests/test_$(name).py) $(ARGS)
 
 # As the tests do, but with the kernels of lesser processors.
 test-levels: $(BUILT)  ## the CPU tests at every capability below this processor's: a minute or two
