@@ -209,6 +209,10 @@ def _dtensor():
             placement = Shard(target_dim) if reduction == "none" else Partial()
             assert loss.placements == (placement,), (reduction, loss.placements)
             same(loss.full_tensor(), expected)
+            with torch.no_grad():  # another operator, with a rule of its own
+                inferred = outlier_exposure_loss(x, y, weight, reduction, **MARKS)
+            assert inferred.placements == (placement,), (reduction, inferred.placements)
+            same(inferred.full_tensor(), expected)
             ours = torch.autograd.grad(loss.sum(), [x, weight] if with_tensor else [x])
             theirs = torch.autograd.grad(
                 expected.sum(), [whole, whole_alpha] if with_tensor else [whole]
