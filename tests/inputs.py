@@ -107,3 +107,12 @@ LAYOUTS = {
 }
 # Those that DESIGN promises to read without a copy.
 UNCOPIED_LAYOUTS = ["contiguous", "channels_last", "sliced", "strided", "expanded", "one class"]
+
+
+def is_read_in_place(logits: Tensor) -> bool:
+    """Can a single stride walk the pixels? Else the logits are copied, once."""
+    try:
+        logits.view(*logits.shape[:2], -1 if logits.numel() > 0 else 0)
+    except RuntimeError:
+        return False
+    return True

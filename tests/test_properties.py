@@ -14,6 +14,7 @@ import torch
 from budgets import Results, check_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inputs import is_read_in_place
 from strategies import Case, Inputs, Layout, cases, kind_of
 
 from oe_ext import outlier_exposure_loss
@@ -45,10 +46,7 @@ def has_layout_of(grad: torch.Tensor, logits: torch.Tensor) -> bool:
     """The strides of the logits without their gaps; where no single stride walks the pixels, those
     of a memory format."""
     allowed = [torch.empty_like(logits)]
-    try:
-        if logits.numel() > 0:
-            logits.view(*logits.shape[:2], -1)
-    except RuntimeError:
+    if not is_read_in_place(logits):
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         for memory_format in (torch.contiguous_format, formats.get(logits.dim())):
             if memory_format is not None:
