@@ -14,8 +14,6 @@
 namespace oe_ext::cpu {
 namespace {
 
-// ---- Tiles
-
 template <typename acc_t>
 void begin_tile(const Tiling& tiling, int64_t tile, TileRows<acc_t>& rows) {
   rows.first = tiling.begin(tile);
@@ -39,13 +37,14 @@ void clear_sums(TileRows<acc_t>& rows) {
   }
 }
 
-// A row whose logits may not be looked at, or need not be.
+// Are the logits of a row to be looked at? Those of others may hold anything.
 template <typename scalar_t, typename acc_t>
 bool reads_row(const ForwardArgs<scalar_t, acc_t>& args, const TileRows<acc_t>& rows, int64_t i) {
   return rows.label[i] >= 0 ||
          (rows.label[i] == kOutlierLane && args.is_active(rows.first + i, RowKind::kOutlier));
 }
 
+// Of a group of long rows that stays in the nearest cache.
 constexpr int64_t kLogitsOfGroup = 4096;
 
 template <bool kKeepExp, typename scalar_t, typename acc_t>
@@ -80,8 +79,7 @@ void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
       exps = scratch;
     }
   }
-  // So few rows that they stay in the nearest cache, but the maximum of one, which its exponentials
-  // wait for, is found while others are worked on.
+  // The maximum of a row, which its exponentials wait for, is found while others are worked on.
   const int64_t group = std::max<int64_t>(1, kLogitsOfGroup / num_classes);
   for (int64_t begin = 0; begin < rows.size; begin += group) {
     const int64_t end = std::min(begin + group, rows.size);

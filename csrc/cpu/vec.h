@@ -119,7 +119,7 @@ OE_EXT_INLINE bool any_lane(Mask<T> mask) {
   return any != 0;
 }
 
-// The larger, or smaller, one; b where either is NaN. That is how x86 defines its instruction, but
+// The larger one; b where either is NaN. That is how x86 defines its instruction, but
 // GCC compares and blends.
 #if defined(__x86_64__)
 #if defined(OE_EXT_AVX512)
@@ -135,22 +135,11 @@ OE_EXT_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) {
 OE_EXT_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) {
   return OE_EXT_X86(max, pd, a.raw, b.raw);
 }
-OE_EXT_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) {
-  return OE_EXT_X86(min, ps, a.raw, b.raw);
-}
-OE_EXT_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) {
-  return OE_EXT_X86(min, pd, a.raw, b.raw);
-}
 #undef OE_EXT_X86
 #else
 template <typename T>
 OE_EXT_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
   return select(a > b, a, b);
-}
-
-template <typename T>
-OE_EXT_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
-  return select(a < b, a, b);
 }
 #endif
 
