@@ -6,9 +6,6 @@
 namespace oe_ext::cpu {
 namespace {
 
-// Terms of a long row that are summed in one chain of each lane before they join a sum in double.
-constexpr int64_t kChainLength = 64;
-
 template <typename scalar_t, typename acc_t>
 acc_t max_of_row(const scalar_t* logits, int64_t num_classes) {
   using V = Vec<acc_t>;
@@ -52,8 +49,9 @@ class RowSums {
   OE_EXT_INLINE RowSums(const scalar_t* logits, int64_t num_classes, acc_t max, acc_t* exps)
       : logits_(logits), num_classes_(num_classes), max_(max), exps_(exps) {}
 
+  // In chains of kClassBlock blocks, which join sums in double.
   OE_EXT_INLINE void add_all() {
-    constexpr int64_t kChain = kChainLength * kBlockSize;
+    constexpr int64_t kChain = kClassBlock * kBlockSize;
     int64_t i = 0;
     for (; num_classes_ - i > kChain; i += kChain) {
       add_blocks(i, i + kChain);
