@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,37 +68,54 @@ def wants_cuda() -> bool:
 
     ``OE_EXT_CUDA`` and ``FORCE_CUDA`` decide; else a CUDA build of torch and a toolkit of the same
     major version do. A GPU need not be present: build machines have none.
+
+    Raises:
+        RuntimeError: they are asked for, and cannot be built here.
     """
     import torch
 
+    home = find_cuda_home()
+    ours, theirs = torch.version.cuda, _toolkit_version(home)
+    mismatch = ours is not None and theirs is not None and _major(ours) != _major(theirs)
+    versions = (
+        f"torch {torch.__version__} is built with CUDA {ours}, the toolkit in {home} is {theirs}. "
+        f"Set CUDA_HOME to a toolkit of CUDA {ours}, or OE_EXT_CUDA=0 to build for the CPU alone."
+    )
     for name in ("OE_EXT_CUDA", "FORCE_CUDA"):
         choice = _switch(name)
         if choice is not None:
-            if choice and torch.version.cuda is None:
+            if choice and ours is None:
                 raise RuntimeError(
                     f"{name}=1 asks for CUDA kernels, but torch {torch.__version__} is a build "
                     f"without CUDA. Install a CUDA build of torch, or set {name}=0."
                 )
-            if choice and find_cuda_home() is None:
+            if choice and home is None:
                 raise RuntimeError(
                     f"{name}=1 asks for CUDA kernels, but no CUDA toolkit was found. "
                     "Set CUDA_HOME to the folder that holds include/cuda_runtime.h."
                 )
+            if choice and mismatch:
+                raise RuntimeError(f"{name}=1 asks for CUDA kernels, but {versions}")
             return choice
-    home = find_cuda_home()
-    if torch.version.cuda is None or home is None:
-        return False
-    return _toolkit_major(home) == int(torch.version.cuda.split(".")[0])
+    if mismatch:
+        warnings.warn(f"no CUDA kernels are built: {versions}", stacklevel=2)
+    return ours is not None and theirs is not None and not mismatch
 
 
-def _toolkit_major(home: Path) -> int | None:
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
+
+
+def _toolkit_version(home: Path | None) -> str | None:
+    """As its header has it, such as "13.0"; None where there is no toolkit."""
     try:
-        header = (home / "include" / "cuda.h").read_text()
+        header = (home / "include" / "cuda.h").read_text() if home else ""
     except OSError:
         return None
     for line in header.splitlines():
         if line.startswith("#define CUDA_VERSION"):
-            return int(line.split()[2]) // 1000
+            number = int(line.split()[2])
+            return f"{number // 1000}.{number % 1000 // 10}"
     return None
 
 

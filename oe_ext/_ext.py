@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 
@@ -21,6 +22,8 @@ _MARKER = re.compile(rb"oe_ext-built-with-torch=([0-9A-Za-z.+_-]+)")
 #: The loaded module, and where it came from; None where the operators were registered elsewhere.
 module: ModuleType | None = None
 origin = "not loaded"
+
+_errors: torch.library.Library | None = None  # while it lives, its kernels are registered
 
 
 def load() -> None:
@@ -35,20 +38,47 @@ def load() -> None:
     if is_registered():
         origin = "registered by another library in this process"
         return
+    path = prebuilt_library()
     if os.environ.get("OE_EXT_JIT") == "1":
         module, origin = _load_jit("OE_EXT_JIT=1")
-        return
-    path = prebuilt_library()
-    if path is None:
+    elif path is None:
         module, origin = _load_jit("oe_ext has no compiled library (oe_ext._C)")
-        return
-    module, origin = _load_prebuilt(path), str(path)
+    else:
+        module, origin = _load_prebuilt(path), str(path)
+    if torch.version.cuda is not None and not has_cuda_kernels():
+        _register_error_for_cuda()
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the library was built with them; a GPU need not be there."""
+    return module is not None and module.build_info()["cuda"] is not None
 
 
 def is_registered() -> bool:
     """Whether the operators exist in this process. Registering them twice would abort it."""
-    names = torch._C._dispatch_get_all_op_names()
-    return "oe_ext::outlier_exposure_loss" in names
+    return "oe_ext::outlier_exposure_loss" in _operator_names()
+
+
+def _operator_names() -> list[str]:
+    names: list[str] = torch._C._dispatch_get_all_op_names()
+    return [name for name in names if name.startswith("oe_ext::")]
+
+
+def _register_error_for_cuda() -> None:
+    """In the place of kernels that were not built. torch's own error speaks of a custom build, and
+    of what it has for other backends."""
+    global _errors
+
+    def no_kernel(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(
+            f"oe_ext was built without CUDA kernels, and was called with CUDA tensors; "
+            f"it came from {origin}. With a toolkit of CUDA {torch.version.cuda}, "
+            f"build it again:\n    FORCE_CUDA=1 {_install_again()}"
+        )
+
+    _errors = torch.library.Library("oe_ext", "IMPL", "CUDA")  # type: ignore[no-untyped-call]
+    for name in _operator_names():
+        _errors.impl(name.removeprefix("oe_ext::"), no_kernel)  # type: ignore[no-untyped-call]
 
 
 def prebuilt_library() -> Path | None:
@@ -88,11 +118,15 @@ def _load_prebuilt(path: Path) -> ModuleType:
 
 
 def _how_to_rebuild() -> str:
+    return f"Build it again for this torch:\n    {_install_again()}"
+
+
+def _install_again() -> str:
     if (_PACKAGE.parent / "csrc").is_dir():
         where = f"-e {_PACKAGE.parent}"
     else:
         where = "--force-reinstall --no-deps oe_ext"
-    return f"Build it again for this torch:\n    pip install --no-build-isolation {where}"
+    return f"pip install --no-build-isolation {where}"
 
 
 def _load_jit(reason: str) -> tuple[ModuleType, str]:

@@ -56,7 +56,7 @@ def _library() -> dict[str, str]:
         facts |= {f"built with {key}": str(v) for key, v in _ext.module.build_info().items()}
         facts["CPU kernels"] = _ext.module.cpu_capability()
     name = "oe_ext::outlier_exposure_loss"
-    keys = ("CPU", "CUDA", "Meta", "Autograd")
+    keys = ["CPU", "Meta", "Autograd"] + (["CUDA"] if _ext.has_cuda_kernels() else [])
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     facts["kernels"] = ", ".join(key for key in keys if has(name, key))
     return facts

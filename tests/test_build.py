@@ -1,0 +1,104 @@
+"""Which kernels a build makes, by torch, toolkit and environment; and what a user without the CUDA
+kernels is told."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from oe_ext import _build, _ext
+
+
+@pytest.fixture
+def toolkit(tmp_path, monkeypatch):
+    """Makes a folder that looks like a CUDA toolkit of a version, and CUDA_HOME name it."""
+
+    def make(version: int) -> Path:
+        include = tmp_path / "cuda" / "include"
+        include.mkdir(parents=True)
+        (include / "cuda_runtime.h").touch()
+        (include / "cuda.h").write_text(f"#ifndef A\n#define CUDA_VERSION {version}\n#endif\n")
+        monkeypatch.setenv("CUDA_HOME", str(include.parent))
+        return include.parent
+
+    for name in ("OE_EXT_CUDA", "FORCE_CUDA", "CUDA_PATH", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return make
+
+
+@pytest.fixture
+def torch_with_cuda(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+
+@pytest.mark.parametrize("version", [13000, 13020])
+@pytest.mark.usefixtures("torch_with_cuda")
+def test_a_toolkit_of_the_same_major_version(toolkit, version):
+    toolkit(version)
+    assert _build.wants_cuda()
+
+
+@pytest.mark.usefixtures("torch_with_cuda")
+def test_a_toolkit_of_another_major_version(toolkit, monkeypatch):
+    """The CPU kernels are built, with a warning; where the others are asked for it is an error."""
+    home = toolkit(12040)
+    both = rf"CUDA 13\.0, the toolkit in {home} is 12\.4\. Set CUDA_HOME to a toolkit of CUDA 13\.0"
+    with pytest.warns(UserWarning, match=f"no CUDA kernels are built: .*{both}"):
+        assert not _build.wants_cuda()
+    for name in ("FORCE_CUDA", "OE_EXT_CUDA"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            with pytest.raises(RuntimeError, match=f"{name}=1 asks for CUDA kernels, but .*{both}"):
+                _build.wants_cuda()
+    monkeypatch.setenv("OE_EXT_CUDA", "0")
+    assert not _build.wants_cuda()
+
+
+@pytest.mark.usefixtures("torch_with_cuda")
+def test_no_toolkit(toolkit, tmp_path, monkeypatch):
+    monkeypatch.setattr(_build, "find_cuda_home", lambda: None)
+    assert not _build.wants_cuda()
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(RuntimeError, match=r"no CUDA toolkit was found\. Set CUDA_HOME"):
+        _build.wants_cuda()
+
+
+def test_torch_without_cuda(toolkit, monkeypatch):
+    toolkit(13000)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not _build.wants_cuda()
+    monkeypatch.setenv("OE_EXT_CUDA", "1")
+    with pytest.raises(RuntimeError, match=r"is a build without CUDA\. Install a CUDA build of"):
+        _build.wants_cuda()
+
+
+def test_a_switch_that_is_neither_on_nor_off(toolkit, monkeypatch):
+    monkeypatch.setenv("FORCE_CUDA", "perhaps")
+    with pytest.raises(ValueError, match="FORCE_CUDA must be 1 or 0, got 'perhaps'"):
+        _build.wants_cuda()
+
+
+CALL_ON_CUDA = """
+import torch
+torch.version.cuda = "13.0"
+import oe_ext
+cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+logits, target = torch.zeros(2, 4), torch.tensor([0, -1])
+torch.ops.oe_ext._outlier_exposure_loss_forward.default.redispatch(
+    cuda, logits, target, 0.5, None, "mean", None, None, False
+)
+"""
+
+
+@pytest.mark.skipif(_ext.has_cuda_kernels(), reason="built with CUDA kernels")
+def test_a_call_on_cuda_without_the_kernels():
+    """A CUDA build of torch is claimed, and the dispatcher asked for the kernel."""
+    done = subprocess.run(
+        [sys.executable, "-c", CALL_ON_CUDA], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    error = done.stderr[done.stderr.rindex("\nRuntimeError: ") :]
+    for part in ("without CUDA kernels", "CUDA 13.0", "FORCE_CUDA=1 pip install"):
+        assert part in error
