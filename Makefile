@@ -10,10 +10,11 @@ SOURCES := setup.py pyproject.toml oe_ext/_build.py \
            $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILT := $(VENV)/built-torch-$(TORCH)
 CUDA_TOOLS := $(VENV)/cuda-tools
+RELEASE_TOOLS := $(VENV)/release-tools
 
 .PHONY: demo test fuzz test-scale test-cpp test-sanitizers test-asan-python test-levels test-packaging \
         test-mutants test-nvcc test-cuda bench bench-cuda instructions \
-        ptx sass-report cuda-model lint format build clean
+        ptx sass-report cuda-model lint format build dist test-pythons clean
 
 demo: $(BUILT)  ## train on real data, with and without Outlier Exposure
 	$(BIN)/python examples/train_digits.py $(ARGS)
@@ -67,8 +68,16 @@ test-levels: $(BUILT)  ## the CPU tests at every capability below this processor
 	    -m "not packaging and not mutants and not nvcc and not scale" -k "not simt" $(ARGS) || exit 1; \
 	done
 
-test-packaging: $(BUILT)  ## wheel, sdist, pip with and without isolation, JIT: minutes
+test-packaging: $(BUILT) dist  ## what dist made, pip with and without isolation, JIT: minutes
 	$(BIN)/python -m pytest -m packaging $(ARGS)
+
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
+test-pythons:  ## make test on each of PYTHONS that is here: minutes each
+	for python in $(PYTHONS); do \
+	  if command -v $$python; then \
+	    $(MAKE) test PYTHON=$$python VENV=.venv-$$(basename $$python) || exit 1; \
+	  fi; \
+	done
 
 test-mutants: $(BUILT)  ## wrong CUDA kernels, which the CPU harness must all catch: minutes
 	$(BIN)/python -m pytest -m mutants $(ARGS)
@@ -118,6 +127,15 @@ format: $(INSTALLED)
 
 build: $(BUILT)  ## compile what has changed
 
+# For the torch that is here. The wheel is built from what the sdist holds.
+dist: $(BUILT) $(RELEASE_TOOLS)  ## an sdist and a wheel, checked
+	rm -rf dist && mkdir -p build
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation > build/dist.log 2>&1 || \
+	  { cat build/dist.log; exit 1; }
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/auditwheel show dist/*.whl
+
 # The editable install compiles nothing; in place, an edit compiles what it changes.
 $(BUILT): $(INSTALLED) $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
@@ -126,6 +144,10 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 # --no-deps: they are two programs, and what they name as needed is a whole toolkit.
 $(CUDA_TOOLS): | $(INSTALLED)
 	$(BIN)/python -m pip install -q --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	touch $@
+
+$(RELEASE_TOOLS): pyproject.toml | $(INSTALLED)
+	OE_EXT_DEFER_BUILD=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[release]"
 	touch $@
 
 $(INSTALLED): pyproject.toml

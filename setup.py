@@ -49,6 +49,12 @@ def torch_arguments(build):
             f"oe_ext needs torch >= {build.MIN_TORCH} to build, found {torch.__version__}: "
             f"pip install 'torch>={build.MIN_TORCH}'"
         )
+
+    class BuildOperators(BuildExtension):
+        def run(self):
+            build.require_compiler()
+            super().run()
+
     what = build.describe_build(ROOT)
     extension = (CUDAExtension if what.cuda else CppExtension)(
         "oe_ext._C",
@@ -62,7 +68,7 @@ def torch_arguments(build):
     deferred = os.environ.get("OE_EXT_DEFER_BUILD") == "1"
     return {
         "ext_modules": [] if deferred else [extension],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": BuildOperators},
         # Objects of one torch are never taken for those of another.
         "options": {"build_ext": {"build_temp": f"build/temp-torch-{torch.__version__}"}},
         # The C++ interface of torch changes with its minor version.

@@ -7,6 +7,7 @@ package is imported here, and torch only inside the functions.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -61,6 +62,21 @@ def find_cuda_home() -> Path | None:
             os.environ["CUDA_HOME"] = str(path)
             return path
     return None
+
+
+def require_compiler() -> None:
+    """Else a build ends in a list of commands that could not be started.
+
+    Raises:
+        RuntimeError: there is no C++ compiler.
+    """
+    named = shlex.split(os.environ.get("CXX", ""))[:1]
+    if not any(shutil.which(name) for name in named or ("g++", "c++")):
+        missing = f"CXX={named[0]} is not a program" if named else "neither g++ nor c++ is on PATH"
+        raise RuntimeError(
+            f"oe_ext needs a C++20 compiler, but {missing}. Install g++ >= 11 "
+            "(apt-get install g++), or set CXX to the compiler."
+        )
 
 
 def wants_cuda() -> bool:

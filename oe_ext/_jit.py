@@ -50,10 +50,10 @@ def build_and_load(root: Path) -> tuple[ModuleType, str]:
             )
     except (RuntimeError, OSError) as error:
         raise ImportError(
-            f"the JIT build of oe_ext in {folder} failed. It needs a C++20 compiler (g++ >= "
-            "11), ninja, torch's headers, and a folder that can be written to, with some MB free "
-            "(TORCH_EXTENSIONS_DIR names another one); OE_EXT_VERBOSE=1 shows the build. The "
-            f"error was:\n{error}"
+            f"the JIT build of oe_ext in {folder} failed. It needs a C++20 compiler (g++ >= 11), "
+            "ninja (pip install ninja), torch's headers, and a folder that can be written to, with "
+            "some MB free (TORCH_EXTENSIONS_DIR names another one); OE_EXT_VERBOSE=1 shows the "
+            f"build. The error was:\n{error}"
         ) from error
     return module, f"{module.__file__} (JIT build of {root / 'csrc'})"
 

@@ -1,6 +1,7 @@
 """Which kernels a build makes, by torch, toolkit and environment; and what a user without the CUDA
 kernels is told."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from oe_ext import _build, _ext
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -102,3 +105,40 @@ def test_a_call_on_cuda_without_the_kernels():
     error = done.stderr[done.stderr.rindex("\nRuntimeError: ") :]
     for part in ("without CUDA kernels", "CUDA 13.0", "FORCE_CUDA=1 pip install"):
         assert part in error
+
+
+def setup_py(tmp_path: Path, before: str = "", **environment: str) -> str:
+    """The error of ``setup.py build_ext`` in a process of its own, after other statements."""
+    code = (
+        f"import runpy, sys, torch; {before}\n"
+        f"sys.argv = ['setup.py', '-q', 'build_ext', '--build-temp', {str(tmp_path)!r}]\n"
+        "runpy.run_path('setup.py', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 1, done.stdout
+    return done.stderr[done.stderr.rindex("\nRuntimeError: ") :]
+
+
+def test_a_torch_that_is_too_old(tmp_path):
+    """The torch that is here claims to be one."""
+    error = setup_py(tmp_path, "torch.__version__ = '2.12.1'")
+    assert "needs torch >= 2.13 to build, found 2.12.1: pip install 'torch>=2.13'" in error
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"PATH": ""}, "neither g++ nor c++ is on PATH"),
+        ({"CXX": "no-such-compiler -O2"}, "CXX=no-such-compiler is not a program"),
+    ],
+)
+def test_no_compiler(tmp_path, environment, message):
+    error = setup_py(tmp_path, **environment)
+    assert f"needs a C++20 compiler, but {message}. Install g++ >= 11" in error

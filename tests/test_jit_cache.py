@@ -75,11 +75,17 @@ def test_another_users_property(tmp_path, what):
         _jit.make_private(folder)
 
 
-def import_by_jit(checkout: Path, cache: Path, **environment: str) -> subprocess.CompletedProcess:
+def import_by_jit(
+    checkout: Path,
+    cache: Path,
+    *wrapper: str,
+    python: Path | str = sys.executable,
+    **environment: str,
+) -> subprocess.CompletedProcess:
     env = {key: value for key, value in os.environ.items() if not key.startswith("OE_EXT_")}
     env |= {"PYTHONPATH": str(checkout), "TORCH_EXTENSIONS_DIR": str(cache), "OE_EXT_JIT": "1"}
     return subprocess.run(
-        [sys.executable, "-c", "import oe_ext"],
+        [*wrapper, python, "-c", "import oe_ext"],
         cwd=checkout,
         env=env | environment,
         capture_output=True,
@@ -124,11 +130,36 @@ def test_no_compiler(checkout, tmp_path):
     assert_one_clear_error(done, "g++ >= 11")
 
 
+def test_no_ninja(checkout, tmp_path):
+    """Neither on PATH nor beside the interpreter, where pip puts it."""
+    python = tmp_path / "elsewhere" / "python"
+    python.parent.mkdir()
+    python.symlink_to(Path(sys.executable).resolve())
+    packages = os.pathsep.join([str(checkout), *filter(os.path.isdir, sys.path)])
+    done = import_by_jit(
+        checkout,
+        tmp_path / "cache",
+        python=python,
+        PATH=path_without(tmp_path, "ninja"),
+        PYTHONPATH=packages,
+    )
+    assert_one_clear_error(done, "Ninja is required", "pip install ninja")
+
+
 def test_a_cache_that_cannot_be_made(checkout, tmp_path):
     """A file stands in its place: root may write to what is read-only."""
     (tmp_path / "cache").touch()
     done = import_by_jit(checkout, tmp_path / "cache" / "inner")
     assert_one_clear_error(done, "can be written to", "File exists")
+
+
+def test_a_cache_that_is_read_only(checkout, tmp_path):
+    """Root is made to ask for permission, as everybody else is."""
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o500)
+    asks = ["setpriv", "--bounding-set=-dac_override"] if is_root else []
+    done = import_by_jit(checkout, cache, *asks)
+    assert_one_clear_error(done, "can be written to", f"Permission denied: '{cache}/")
 
 
 def test_a_disk_with_no_room(checkout, tmp_path):

@@ -1,18 +1,24 @@
-"""The three ways in, each in a fresh place: pip with and without isolation, and JIT.
+"""What is released, and the three ways in, each in a fresh place: pip with and without isolation,
+and JIT.
 
 Slow (each builds the library), so they run with ``make test-packaging`` and in CI.
 """
 
+import json
 import os
 import subprocess
 import sys
 import tarfile
+import time
 import venv
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+
+import oe_ext
 
 pytestmark = pytest.mark.packaging
 
@@ -58,8 +64,9 @@ def new_environment(folder: Path, *packages: str) -> Path:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """The tracked files alone, without what earlier builds left, under a name with a space."""
-    folder = tmp_path_factory.mktemp("a checkout") / "oe ext"
+    """The tracked files alone, without what earlier builds left, under a name with a space and
+    letters beyond ASCII."""
+    folder = tmp_path_factory.mktemp("a checkout") / "öe ext 外れ値"
     names = run("git", "ls-files", "-z", cwd=ROOT).split("\0")
     for name in filter(None, names):
         target = folder / name
@@ -82,40 +89,82 @@ def check_import(python: Path, cwd: Path, origin: str, **variables: str) -> None
     assert origin in output
 
 
-def test_wheel_and_sdist(checkout, environment, tmp_path):
-    """Both are built, hold what they should, and the wheel works where there is no checkout."""
-    build = "from setuptools import build_meta as b; print(b.build_{}('{}'))"
-    run(environment, "-c", build.format("sdist", tmp_path), cwd=checkout)
-    sdist = next(tmp_path.glob("*.tar.gz"))
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = run("git", "ls-files", "csrc", "oe_ext", "tests", "examples", cwd=ROOT).split()
-    assert set(tracked) <= names, "the sdist holds all that is needed to build and test it"
-    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"} <= names
+def made_by_make_dist(pattern: str) -> Path:
+    (path,) = (ROOT / "dist").glob(pattern)
+    return path
 
-    source = tmp_path / sdist.name.removesuffix(".tar.gz")
-    run(environment, "-c", build.format("wheel", tmp_path), cwd=source)
-    wheel = next(tmp_path.glob("*.whl"))
+
+def test_sdist():
+    """It holds what is tracked, so that the whole project can be built and tested from it."""
+    sdist = made_by_make_dist("*.tar.gz")
+    assert sdist.name == f"oe_ext-{oe_ext.__version__}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        names = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
+    tracked = set(run("git", "ls-files", "-z", cwd=ROOT).split("\0")) - {""}
+    generated = {name for name in names if name.startswith("oe_ext.egg-info/")}
+    assert names - generated - {"PKG-INFO", "setup.cfg"} == tracked - {".gitignore", ".ci/run"}
+
+
+def test_wheel():
+    """It holds the package and its library alone, and wants the torch that it was built with."""
+    wheel = made_by_make_dist("*.whl")
+    assert wheel.name.startswith(f"oe_ext-{oe_ext.__version__}-cp")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
-    assert any(name.startswith("oe_ext/_C.") and name.endswith(".so") for name in names)
-    assert {"oe_ext/py.typed", "oe_ext/_C.pyi"} <= set(names)
-    assert not any(name.startswith(("tests", "csrc", "examples")) for name in names)
+    assert len([name for name in names if name.endswith(".so")]) == 1
+    package = {name for name in names if not name.endswith(".so") and ".dist-info/" not in name}
+    assert package == set(run("git", "ls-files", "oe_ext", cwd=ROOT).split())
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     major_minor = ".".join(TORCH.split(".")[:2])
     assert f"Requires-Dist: torch=={major_minor}.*" in metadata
 
-    run(environment, "-m", "pip", "install", "-q", "--no-deps", wheel, cwd=tmp_path)
+
+def test_cibuildwheel_knows_what_to_build():
+    """No wheel is built: that takes containers."""
+    command = (sys.executable, "-m", "cibuildwheel", "--platform", "linux", "--archs", "x86_64")
+    output = run(*command, "--print-build-identifiers", ROOT, cwd=ROOT)
+    expected = [f"cp3{minor}-manylinux_x86_64" for minor in range(10, 15)]
+    assert output.split() == expected
+
+
+def test_the_recipe_for_conda_renders():
+    """No package is built: that takes conda-forge's channel."""
+    from rattler_build import PlatformConfig, RenderConfig, Stage0Recipe, VariantConfig
+
+    variants = VariantConfig(
+        {"python": ["3.10", "3.14"], "cxx_compiler": ["gxx"], "c_stdlib": ["sysroot"]}
+    )
+    platform = PlatformConfig(target_platform="linux-64", experimental=True)
+    recipe = Stage0Recipe.from_file(str(ROOT / "conda" / "recipe.yaml"))
+    rendered = [variant.recipe for variant in recipe.render(variants, RenderConfig(platform))]
+    assert len(rendered) == 2
+    for one in rendered:
+        assert one.package.version == oe_ext.__version__
+        requirements = one.to_dict()["requirements"]
+        assert "gxx_linux-64" in requirements["build"]
+        assert any(str(part).startswith("pytorch") for part in requirements["host"])
+        assert (ROOT / "conda" / one.to_dict()["source"][0]["path"] / "setup.py").is_file()
+
+
+def test_wheel_and_editable(checkout, environment, tmp_path):
+    """Each takes the other's place, whichever came first, and leaves nothing when it goes."""
+    pip = (environment, "-m", "pip")
+    wheel = ("install", "-q", "--no-deps", made_by_make_dist("*.whl"))
+    editable = ("install", "-q", "--no-build-isolation", "--no-deps", "-e", checkout)
+    run(*pip, *wheel, cwd=tmp_path)
     check_import(environment, tmp_path, "site-packages")
-    run(environment, "-m", "pip", "uninstall", "-q", "-y", "oe_ext", cwd=tmp_path)
-
-
-def test_no_build_isolation_editable(checkout, environment, tmp_path):
-    install = ("-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps")
-    run(environment, *install, "-e", checkout, cwd=tmp_path)
+    run(*pip, *editable, cwd=tmp_path)
     check_import(environment, tmp_path, str(checkout))
-    run(environment, "-m", "pip", "uninstall", "-q", "-y", "oe_ext", cwd=tmp_path)
+    run(*pip, *wheel, "--force-reinstall", cwd=tmp_path)
+    check_import(environment, tmp_path, "site-packages")
+    # The checkout has a library of its own, from the editable install.
+    check_import(environment, checkout, str(checkout))
+    listed = json.loads(run(*pip, "list", "--format=json", cwd=tmp_path))
+    assert [entry for entry in listed if "editable_project_location" in entry] == []
+    run(*pip, "uninstall", "-y", "oe_ext", cwd=tmp_path)
+    look = "import importlib.util; print(importlib.util.find_spec('oe_ext'))"
+    assert run(environment, "-c", look, cwd=tmp_path).strip() == "None"
 
 
 def test_isolation_takes_the_torch_of_the_environment(checkout, tmp_path):
@@ -146,20 +195,61 @@ def test_isolation_without_torch_brings_one(checkout, tmp_path):
     check_import(python, tmp_path, "site-packages")
 
 
+def start_jit(checkout: Path, cache: Path) -> subprocess.Popen:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("OE_EXT_")}
+    env |= {"PYTHONPATH": str(checkout), "TORCH_EXTENSIONS_DIR": str(cache), "OE_EXT_JIT": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", CHECK],
+        cwd=checkout.parent,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def kill_while_compiling(process: subprocess.Popen, cache: Path) -> None:
+    """With all that it has started, as a machine that is switched off."""
+    deadline = time.monotonic() + 120
+    while not (any(cache.glob("*/*.o")) and any(cache.glob("*/lock"))):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "nothing was compiled"
+        time.sleep(0.1)
+    python = psutil.Process(process.pid)
+    for member in [python, *python.children(recursive=True)]:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.communicate()
+
+
 def test_jit(checkout, tmp_path):
-    """An editable checkout without a library builds itself on import, and finds it the next time,
-    though a killed build has left torch's lock behind."""
-    extensions = tmp_path / "torch extensions"
-    variables = {
-        "PYTHONPATH": str(checkout),
-        "TORCH_EXTENSIONS_DIR": str(extensions),
-        "OE_EXT_JIT": "1",
-    }
-    check_import(sys.executable, tmp_path, "JIT build", **variables)
-    (folder,) = extensions.glob("oe_ext_jit_*")
-    (folder / "lock").touch()
+    """A checkout without a library builds itself on import. A build that was killed, with torch's
+    lock left behind, stands in nobody's way; two processes that want it at once get one build; and
+    the next one finds it."""
+    cache = tmp_path / "torch extensions 外れ値"
+    killed = start_jit(checkout, cache)
+    kill_while_compiling(killed, cache)
+    (folder,) = cache.glob("oe_ext_jit_*")
+    assert (folder / "lock").exists()
+    assert not list(folder.glob("*.so"))
+
+    both = [start_jit(checkout, cache), start_jit(checkout, cache)]
+    for process in both:
+        output = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, output
+        assert "loss 1.039720" in output
+        assert "JIT build" in output
+    outputs = [line.split("\t")[3] for line in ninja_log(folder) if line.count("\t") >= 4]
+    assert sorted(set(outputs)) == sorted(outputs), "compiled once"
+
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.o")}
-    check_import(sys.executable, tmp_path, "JIT build", **variables)
-    after = {path: path.stat().st_mtime_ns for path in folder.glob("*.o")}
+    again = start_jit(checkout, cache)
+    assert again.communicate(timeout=600)[0].count("loss 1.039720") == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.o")} == before
     assert before
-    assert after == before, "nothing is compiled twice"
+
+
+def ninja_log(folder: Path) -> list[str]:
+    return (folder / ".ninja_log").read_text().splitlines()
