@@ -40,14 +40,25 @@ OE_EXT_INLINE Mask<acc_t> lanes_of_tail(int64_t num_classes) {
          IntV::broadcast(static_cast<typename IntV::Lane>((kSize - num_classes % kSize) % kSize));
 }
 
+constexpr int64_t kCacheLine = 64;
+
+// What is soon to be read and written, in the row that a walk has now come to. The processor's own
+// prefetching ends with a page, which may be one row.
+template <typename scalar_t, typename acc_t>
+struct Ahead {
+  const scalar_t* logits;
+  acc_t* exps;
+};
+
 // The sums of one row, and where its exponentials go (kKeepExp).
 template <bool kKeepExp, typename scalar_t, typename acc_t>
 class RowSums {
   using V = Vec<acc_t>;
 
  public:
-  OE_EXT_INLINE RowSums(const scalar_t* logits, int64_t num_classes, acc_t max, acc_t* exps)
-      : logits_(logits), num_classes_(num_classes), max_(max), exps_(exps) {}
+  OE_EXT_INLINE RowSums(const scalar_t* logits, int64_t num_classes, acc_t max, acc_t* exps,
+                        Ahead<scalar_t, acc_t> ahead)
+      : logits_(logits), num_classes_(num_classes), max_(max), exps_(exps), ahead_(ahead) {}
 
   // In chains of kClassBlock blocks, which join sums in double.
   OE_EXT_INLINE void add_all() {
@@ -71,6 +82,7 @@ class RowSums {
     for (; i + kBlockSize <= end; i += kBlockSize) {
       V shifted[kBlock];
       V exp_shifted[kBlock];
+      fetch_ahead(i);
       read(i, shifted, exp_shifted);
       for (int width = kBlock / 2; width > 0; width /= 2) {
         for (int j = 0; j < width; ++j) {
@@ -81,6 +93,15 @@ class RowSums {
       chain_.add_terms(shifted[0], exp_shifted[0]);
     }
     return i;
+  }
+
+  OE_EXT_INLINE void fetch_ahead(int64_t i) const {
+    for (int64_t j = 0; j < kBlockSize; j += kCacheLine / sizeof(scalar_t)) {
+      __builtin_prefetch(ahead_.logits + i + j);
+    }
+    for (int64_t j = 0; kKeepExp && j < kBlockSize; j += kCacheLine / sizeof(acc_t)) {
+      __builtin_prefetch(ahead_.exps + i + j, /*rw=*/1);
+    }
   }
 
   // What is left of the row, at most kCount vectors, of which the last may overlap the one before.
@@ -128,6 +149,7 @@ class RowSums {
   int64_t num_classes_;
   V max_;
   acc_t* exps_;
+  Ahead<scalar_t, acc_t> ahead_;
   RowStats<V> chain_ = RowStats<V>::below(max_);
   double sum_exp_ = 0;
   double sum_shifted_ = 0;

@@ -48,9 +48,9 @@ bool reads_row(const ForwardArgs<scalar_t, acc_t>& args, const TileRows<acc_t>& 
 constexpr int64_t kLogitsOfGroup = 4096;
 
 template <bool kKeepExp, typename scalar_t, typename acc_t>
-void add_row(const scalar_t* logits, int64_t num_classes, acc_t* exps, int64_t i,
-             TileRows<acc_t>& rows) {
-  RowSums<kKeepExp, scalar_t, acc_t> sums(logits, num_classes, rows.max[i], exps);
+void add_row(const scalar_t* logits, int64_t num_classes, acc_t* exps, Ahead<scalar_t, acc_t> ahead,
+             int64_t i, TileRows<acc_t>& rows) {
+  RowSums<kKeepExp, scalar_t, acc_t> sums(logits, num_classes, rows.max[i], exps, ahead);
   sums.add_all();
   rows.sum_exp[i] = sums.sum_exp();
   rows.sum_shifted[i] = sums.sum_shifted();
@@ -93,10 +93,14 @@ void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
         continue;
       }
       const scalar_t* row = logits.data + i * logits.row_stride;
+      // The next group's maxima wait for logits, the next row's exponentials for a place.
+      const int64_t in_next_group = std::min(i + group, rows.size - 1);
+      Ahead<scalar_t, acc_t> ahead{logits.data + in_next_group * logits.row_stride, nullptr};
       if (exps != nullptr) {
-        add_row<true>(row, num_classes, exps + i * exps_stride, i, rows);
+        ahead.exps = exps + std::min(i + 1, rows.size - 1) * exps_stride;
+        add_row<true>(row, num_classes, exps + i * exps_stride, ahead, i, rows);
       } else {
-        add_row<false>(row, num_classes, exps, i, rows);
+        add_row<false>(row, num_classes, exps, ahead, i, rows);
       }
       if (rows.label[i] >= 0) {
         rows.at_label[i] = static_cast<acc_t>(row[args.labels[rows.first + i]]);
