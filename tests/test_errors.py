@@ -129,6 +129,16 @@ def test_label_out_of_range(dtype, requires_grad):
         outlier_exposure_loss(logits, target)
 
 
+@pytest.mark.parametrize("position", [0, 21, 39])
+@pytest.mark.parametrize("label", [2**31 - 1, 2**31, 2**32 + 1, 2**40 + 2, 2**63 - 1])
+def test_label_that_is_no_class_but_for_its_last_bits(label, position):
+    """The lanes of the CPU kernels are 32 bits wide."""
+    target = torch.tensor([0, 1, 2, -1] * 10)
+    target[position] = label
+    with raises(IndexError, f"got {label}", f"position [{position}]"):
+        outlier_exposure_loss(torch.zeros(40, 3), target)
+
+
 def test_label_out_of_range_names_the_marks():
     target = torch.tensor([0, 77, 2, 1])
     with raises(IndexError, "got 77", "ood_index = 9", "ignore_index = 8"):

@@ -42,7 +42,12 @@ def test_lightning(tmp_path):
     assert len(list((folder / "checkpoints").iterdir())) == 1
 
 
+def files_of_examples():
+    return {path for path in EXAMPLES.rglob("*") if "__pycache__" not in path.parts}
+
+
 def run(folder, script):
+    before = files_of_examples()
     done = subprocess.run(
         [sys.executable, EXAMPLES / script, "--quick", "--out", folder],
         capture_output=True,
@@ -51,4 +56,5 @@ def run(folder, script):
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr
+    assert files_of_examples() == before, "it writes where it is told to, and nowhere else"
     return done.stdout

@@ -111,6 +111,14 @@ def test_extreme_labels_are_outliers(device, label_dtype):
     check(logits, target, reduction="none")
 
 
+def test_labels_whose_last_bits_are_a_class_are_outliers(device):
+    logits = make_logits((40, 4), device=device)
+    wide = [-(2**31), -(2**31) - 1, -(2**32) + 1, -(2**40) + 2, -(2**63), -(2**31) + 3, 3, 0]
+    target = torch.tensor(wide * 5, device=device)
+    check(logits, target, reduction="none")
+    check(logits, target, reduction="none", ignore_index=-(2**32) + 1)
+
+
 def test_marks(device):
     """ignore_index comes first; ood_index replaces negative labels, and may be a class."""
     logits = make_logits((6, 4), device=device)

@@ -199,25 +199,34 @@ OE_EXT_INLINE T largest_lane(Vec<T> x) {
   return fold_lanes<true, T, kVectorBytes>(x.raw);
 }
 
+// Those lanes of two vectors, one behind the other.
+#if defined(__clang__)
+#define OE_EXT_SHUFFLE(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define OE_EXT_SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, type{__VA_ARGS__})
+#endif
+template <typename T, int... kLane>
+OE_EXT_INLINE IntVec<T> even_lanes(IntVec<T> a, IntVec<T> b, std::integer_sequence<int, kLane...>) {
+  return {OE_EXT_SHUFFLE(typename IntVec<T>::Raw, a.raw, b.raw, (2 * kLane)...)};
+}
+template <typename T, int... kLane>
+OE_EXT_INLINE IntVec<T> odd_lanes(IntVec<T> a, IntVec<T> b, std::integer_sequence<int, kLane...>) {
+  return {OE_EXT_SHUFFLE(typename IntVec<T>::Raw, a.raw, b.raw, (2 * kLane + 1)...)};
+}
+
 // Swaps the off-diagonal blocks of kStep lanes in two rows of a square.
 template <typename T, int kStep, int... kLane>
 OE_EXT_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
   constexpr int kSize = Vec<T>::kSize;
-#if defined(__clang__)
-  const Vec<T> low = __builtin_shufflevector(
-      a.raw, b.raw, ((kLane & kStep) != 0 ? kLane - kStep + kSize : kLane)...);
-  const Vec<T> high = __builtin_shufflevector(
-      a.raw, b.raw, ((kLane & kStep) != 0 ? kLane + kSize : kLane + kStep)...);
-#else
   using IntRaw = typename IntVec<T>::Raw;
-  const Vec<T> low = __builtin_shuffle(
-      a.raw, b.raw, IntRaw{((kLane & kStep) != 0 ? kLane - kStep + kSize : kLane)...});
-  const Vec<T> high = __builtin_shuffle(
-      a.raw, b.raw, IntRaw{((kLane & kStep) != 0 ? kLane + kSize : kLane + kStep)...});
-#endif
+  const Vec<T> low = OE_EXT_SHUFFLE(IntRaw, a.raw, b.raw,
+                                    ((kLane & kStep) != 0 ? kLane - kStep + kSize : kLane)...);
+  const Vec<T> high = OE_EXT_SHUFFLE(IntRaw, a.raw, b.raw,
+                                     ((kLane & kStep) != 0 ? kLane + kSize : kLane + kStep)...);
   a = low;
   b = high;
 }
+#undef OE_EXT_SHUFFLE
 
 // Transposes a square of as many rows as a row has lanes.
 template <typename T, int kStep = 1>

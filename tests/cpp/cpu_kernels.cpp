@@ -50,13 +50,6 @@ int64_t run(const BackwardArgs<scalar_t, acc_t>& args) {
   return cpu::backward(args);
 }
 
-#define OE_EXT_INSTANTIATE(scalar_t, acc_t)                  \
-  template int64_t run(const ForwardArgs<scalar_t, acc_t>&); \
-  template int64_t run(const BackwardArgs<scalar_t, acc_t>&)
-OE_EXT_INSTANTIATE(double, double);
-OE_EXT_INSTANTIATE(float, float);
-OE_EXT_INSTANTIATE(c10::Half, float);
-OE_EXT_INSTANTIATE(c10::BFloat16, float);
-#undef OE_EXT_INSTANTIATE
+OE_EXT_INSTANTIATE_RUN();
 
 }  // namespace oe_ext::testing
