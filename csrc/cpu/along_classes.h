@@ -83,7 +83,7 @@ class RowSums {
       V shifted[kBlock];
       V exp_shifted[kBlock];
       fetch_ahead(i);
-      read(i, shifted, exp_shifted);
+      read</*kMayOverlap=*/false>(i, shifted, exp_shifted);
       for (int width = kBlock / 2; width > 0; width /= 2) {
         for (int j = 0; j < width; ++j) {
           shifted[j] += shifted[j + width];
@@ -115,7 +115,7 @@ class RowSums {
     }
     V shifted[kCount];
     V exp_shifted[kCount];
-    read(i, shifted, exp_shifted);
+    read</*kMayOverlap=*/true>(i, shifted, exp_shifted);
     const Mask<acc_t> is_new = lanes_of_tail<acc_t>(num_classes_);
     const V zero = acc_t(0);
     shifted[kCount - 1] = select(is_new, shifted[kCount - 1], zero);
@@ -125,9 +125,12 @@ class RowSums {
     }
   }
 
-  template <int kCount>
+  template <bool kMayOverlap, int kCount>
   OE_EXT_INLINE void read(int64_t i, V (&shifted)[kCount], V (&exp_shifted)[kCount]) const {
-    const auto at = [&](int j) { return std::min(i + j * V::kSize, num_classes_ - V::kSize); };
+    const auto at = [&](int j) {
+      const int64_t begin = i + j * V::kSize;
+      return kMayOverlap ? std::min(begin, num_classes_ - V::kSize) : begin;
+    };
     for (int j = 0; j < kCount; ++j) {
       exp_shifted[j] = shifted[j] = Packed<scalar_t, acc_t>::load(logits_ + at(j)) - max_;
     }
