@@ -27,8 +27,12 @@ def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProc
 @pytest.fixture
 def installed_copy(tmp_path):
     """The package as an installed wheel has it: the library, but no csrc/ beside it."""
-    assert _ext.prebuilt_library() is not None, "build it first: make build"
-    shutil.copytree(PACKAGE, tmp_path / "oe_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    library = _ext.prebuilt_library()
+    assert library is not None, "build it first: make build"
+    # make test-pythons leaves a library of each
+    ignored = shutil.ignore_patterns("__pycache__", "_C*.so")
+    shutil.copytree(PACKAGE, tmp_path / "oe_ext", ignore=ignored)
+    shutil.copy(library, tmp_path / "oe_ext")
     return tmp_path
 
 
