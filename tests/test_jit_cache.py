@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 from oe_ext import _jit
@@ -82,12 +83,10 @@ def import_by_jit(
     python: Path | str = sys.executable,
     **environment: str,
 ) -> subprocess.CompletedProcess:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("OE_EXT_")}
-    env |= {"PYTHONPATH": str(checkout), "TORCH_EXTENSIONS_DIR": str(cache), "OE_EXT_JIT": "1"}
     return subprocess.run(
         [*wrapper, python, "-c", "import oe_ext"],
         cwd=checkout,
-        env=env | environment,
+        env=programs.jit_environment(checkout, cache, **environment),
         capture_output=True,
         text=True,
         check=False,

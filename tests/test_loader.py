@@ -1,11 +1,11 @@
 """Finding, checking and loading the library; what a user sees where that fails."""
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -17,10 +17,13 @@ PACKAGE = Path(oe_ext.__file__).parent
 
 def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs code in a fresh interpreter whose ``oe_ext`` is the one in ``cwd``, if there is one."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("OE_EXT_")}
-    env |= {"PYTHONPATH": str(cwd), **environment}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=programs.environment(cwd, **environment),
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

@@ -14,6 +14,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+import programs
 import psutil
 import pytest
 import torch
@@ -196,12 +197,10 @@ def test_isolation_without_torch_brings_one(checkout, tmp_path):
 
 
 def start_jit(checkout: Path, cache: Path) -> subprocess.Popen:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("OE_EXT_")}
-    env |= {"PYTHONPATH": str(checkout), "TORCH_EXTENSIONS_DIR": str(cache), "OE_EXT_JIT": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", CHECK],
         cwd=checkout.parent,
-        env=env,
+        env=programs.jit_environment(checkout, cache),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,0 +1,16 @@
+"""The environment of programs that tests start."""
+
+import os
+from pathlib import Path
+
+
+def environment(path: Path, **variables: str) -> dict[str, str]:
+    """This process's, without oe_ext's switches; Python looks in ``path`` first."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("OE_EXT_")}
+    return inherited | {"PYTHONPATH": str(path)} | variables
+
+
+def jit_environment(checkout: Path, cache: Path, **variables: str) -> dict[str, str]:
+    """In which ``import oe_ext`` builds from ``checkout`` in ``cache``."""
+    jit = {"TORCH_EXTENSIONS_DIR": str(cache), "OE_EXT_JIT": "1"}
+    return environment(checkout, **(jit | variables))
