@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
-#include "cpu/launch.h"
+#include "cpu/launch_cpu.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Operators of oe_ext (registered with torch on import) and how they were built";

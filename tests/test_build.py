@@ -14,6 +14,14 @@ from oe_ext import _build, _ext
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def test_no_two_sources_share_a_stem():
+    """torch's JIT names an object after its source's stem: two rules would make the same one."""
+    sources = [path for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")]
+    assert len(sources) > 10
+    stems = [path.stem for path in sources]
+    assert sorted(set(stems)) == sorted(stems)
+
+
 @pytest.fixture
 def toolkit(tmp_path, monkeypatch):
     """Makes a folder that looks like a CUDA toolkit of a version, and CUDA_HOME name it."""

@@ -100,5 +100,5 @@ def test_every_check_kills_one(fates):
 
 def test_the_real_kernels_compiled_in_the_same_way_live(tmp_path):
     """What kills the mutants is the bug, not how they are made."""
-    nothing = Mutant("none", "csrc/cuda/launch.cu", "namespace {\n", "namespace {\n")
+    nothing = Mutant("none", "csrc/cuda/launch_cuda.cu", "namespace {\n", "namespace {\n")
     assert killer(build(nothing, tmp_path / "tree")) is None

@@ -28,7 +28,7 @@ MULTIPROCESSORS = {
     "90": (65536, 228 * 1024, 2048, 32),
     "100": (65536, 228 * 1024, 2048, 32),
 }
-# The threads of a block that launch.cu starts a kernel with; for rows, those of short ones.
+# The threads of a block that launch_cuda.cu starts a kernel with; for rows, those of short ones.
 BLOCK_THREADS = {
     "forward_rows": 128,
     "backward_rows": 128,

@@ -2,7 +2,7 @@
 // its size depends on the layout and the dtype alone: that is why the bits of a result do not
 // depend on the number of threads.
 //
-// They are compiled once for each instruction set (kernels_*.cpp); launch.cpp chooses.
+// They are compiled once for each instruction set (kernels_*.cpp); launch_cpu.cpp chooses.
 #pragma once
 
 #include "../kernel_args.h"

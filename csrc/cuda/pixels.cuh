@@ -104,7 +104,7 @@ __device__ void write_pixel_gradients(const RowGradient<acc_t> (&gradients)[kSiz
 // Sync:        merge_block's, before and after the loop over rows, which has none
 // Numerics:    acc_t; a running maximum and sums relative to it. -inf and NaN: see RowStats. The
 //              sums over rows are in double
-// Assumes:     blockDim.x is a multiple of 32, at most kPixelThreads (launch.cu)
+// Assumes:     blockDim.x is a multiple of 32, at most kPixelThreads (launch_cuda.cu)
 // Used when:   the row stride is below the class stride; kSize > 1 where num_inner is a multiple of
 //              kSize, and every class of the logits and of the gradient is aligned
 template <typename scalar_t, typename acc_t, int kSize>

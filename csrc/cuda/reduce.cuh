@@ -12,7 +12,7 @@ namespace oe_ext::cuda {
 // Writes:      partials [gridDim.x]
 // Shared mem:  merge_block's     Sync: merge_block's; the loop before it has no barrier
 // Numerics:    int64
-// Assumes:     blockDim.x is a multiple of 32 (launch.cu)
+// Assumes:     blockDim.x is a multiple of 32 (launch_cuda.cu)
 // Used when:   the forward writes the gradient of a mean
 __global__ inline void outlier_exposure_count_rows_kernel(Labels labels, int64_t num_rows,
                                                           GroupCounts* partials) {
@@ -32,7 +32,7 @@ __global__ inline void outlier_exposure_count_rows_kernel(Labels labels, int64_t
 // Writes:      loss, counts
 // Shared mem:  merge_block's     Sync: merge_block's
 // Numerics:    double; the loss is cast once
-// Assumes:     gridDim.x is 1, blockDim.x a multiple of 32 (launch.cu)
+// Assumes:     gridDim.x is 1, blockDim.x a multiple of 32 (launch_cuda.cu)
 // Used when:   the reduction is not none; after the rows
 template <typename acc_t>
 __global__ void outlier_exposure_write_loss_kernel(LossOutput<acc_t> output, Reduction reduction,

@@ -158,7 +158,7 @@ __device__ void write_lane_gradients(const RowGradient<acc_t>& gradient, const s
 // Numerics:    acc_t; each lane keeps a running maximum and sums relative to it, which merge in a
 //              fixed order. -inf and NaN: see RowStats. The sums over rows are in double
 // Assumes:     blockDim.x is a multiple of 32 and of lanes; lanes is a power of two up to 32, or
-//              blockDim.x (launch.cu)
+//              blockDim.x (launch_cuda.cu)
 // Used when:   the class stride is not above the row stride; kSize > 1 where every row of the
 //              logits and of the gradient is aligned
 template <typename scalar_t, typename acc_t, int kSize>

@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/launch.h"
+#include "cpu/launch_cpu.h"
 #include "kernels.h"
 
 namespace oe_ext::testing {

@@ -8,7 +8,7 @@
 // c10 before CUDA's names
 #include "../simt/simt.h"
 // the launchers, and the kernels with them
-#include "../../csrc/cuda/launch.cu"
+#include "../../csrc/cuda/launch_cuda.cu"
 #include "kernels.h"
 
 namespace oe_ext::testing {

@@ -5,7 +5,7 @@
 // c10 before CUDA's names
 #include "simt.h"
 // the launchers, and the kernels with them
-#include "../../csrc/cuda/launch.cu"
+#include "../../csrc/cuda/launch_cuda.cu"
 #include "launchers.h"
 
 namespace {

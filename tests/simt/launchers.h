@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/launch_cuda.h"
 
 namespace oe_ext {
 

@@ -21,7 +21,7 @@ DEVICE = "csrc/cuda/device.cuh"
 ROWS = "csrc/cuda/rows.cuh"
 PIXELS = "csrc/cuda/pixels.cuh"
 REDUCE = "csrc/cuda/reduce.cuh"
-LAUNCH = "csrc/cuda/launch.cu"
+LAUNCH = "csrc/cuda/launch_cuda.cu"
 ARGS = "csrc/kernel_args.h"
 MATHS = "csrc/row_math.h"
 

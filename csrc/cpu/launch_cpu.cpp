@@ -1,4 +1,4 @@
-#include "launch.h"
+#include "launch_cpu.h"
 
 #include <ATen/Version.h>
 #include <c10/util/BFloat16.h>

@@ -3,7 +3,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "../operator.h"
-#include "launch.h"
+#include "launch_cuda.h"
 
 namespace oe_ext {
 namespace {

@@ -1,7 +1,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#include "launch.h"
+#include "launch_cuda.h"
 #ifndef SIMT_CPU
 #include <c10/cuda/CUDAException.h>
 #endif

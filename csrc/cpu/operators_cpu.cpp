@@ -1,6 +1,6 @@
 // The operators of the CPU backend.
 #include "../operator.h"
-#include "launch.h"
+#include "launch_cpu.h"
 
 namespace oe_ext {
 namespace {
