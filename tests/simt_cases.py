@@ -180,6 +180,7 @@ def make_cases() -> list[Case]:
         # a block walks rows, and strides; a long row
         Case((5, 1100), upstream=1.0, wide=True, limits={"max_blocks": 2}),
         Case((2, 17000), upstream=1.0, wide=True, reads_twice=True),
+        Case((1, 17000), torch.float64, upstream=0.3, counted=False),
         Case((1, 1), upstream=1.0, counted=False),
         # offsets beyond 32 bits: rows, images, classes
         Case((2, 16), torch.bfloat16, "far_rows", mix="inliers", upstream=1.0, counted=False),

@@ -22,7 +22,7 @@ DTYPES = {"double", "float", "half", "bfloat16"}
 
 
 @pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
-def test_no_spills_and_wide_loads(architecture):
+def test_launchable_no_spills_and_wide_loads(architecture):
     kernels = machine_code.inspect(architecture)
     assert machine_code.faults(kernels) == []
     for name in ("forward_rows", "backward_rows", "forward_pixels", "backward_pixels"):
@@ -32,10 +32,19 @@ def test_no_spills_and_wide_loads(architecture):
     assert {"count_rows", "write_loss"} <= {k.name for k in kernels}
 
 
-def test_a_spill_and_a_lost_wide_load_are_found():
+def test_faults_are_found():
     """The instrument itself: with too few registers ptxas must spill."""
     kernels = machine_code.inspect("80", "-maxrregcount=32")
     assert any("spilled" in fault for fault in machine_code.faults(kernels))
-    wide = next(k for k in machine_code.inspect("80") if k.width > 1)
+    some = machine_code.inspect("80")
+    too_many = next(k for k in some if k.registers > 64)
+    occupancy = machine_code.occupancy("80", 1024, too_many.registers, too_many.shared)
+    for changes, fault in [
+        ({"max_threads": 1024, "occupancy": occupancy}, "cannot be launched with 1024 threads of"),
+        ({"max_threads": 0}, "no launch bounds"),
+    ]:
+        broken = dataclasses.replace(too_many, **changes)
+        assert fault in machine_code.faults([broken])[0]
+    wide = next(k for k in some if k.width > 1)
     narrow = dataclasses.replace(wide, loop_wide_loads=0)
     assert "no 128-bit loads" in machine_code.faults([narrow])[0]

@@ -88,6 +88,7 @@ FINDINGS = [
     "shared-memory race", "global-memory race", "uninitialised", "misaligned", "own mask",
     "exited", "deadlock", "out of bounds: a read of global",
     "out of bounds: a write to global", "out of bounds: dynamic shared", "host access",
+    "launch bounds",
 ]  # fmt: skip
 CHECKS = ["value", "gradient", "passes", "width", "sectors"]
 

@@ -84,7 +84,8 @@ def test_no_kernel_computes_an_offset_in_int():
     """Rows, classes and units are int64_t; an int in a kernel is one of these, and no offset."""
     small = {
         "kSize", "kMask", "kMaxWarps", "kWords", "kVectorSize", "kVectorBytes", "kWarpSize",
-        "kAtOnce", "kUnitsAtOnce", "kClassesAtOnce", "kPixelThreads",  # constants
+        "kAtOnce", "kUnitsAtOnce", "kClassesAtOnce",  # constants
+        "kMinBlocks", "kMaxRowsThreads", "kMaxPixelsThreads", "kReduceThreads",  # launch bounds
         "lanes", "lane", "warp", "num_warps", "index", "teams", "mask", "i", "k",  # of a block
         "num_partials", "num_counts", "num_sums",  # at most kMaxBlocks
     }  # fmt: skip
@@ -95,6 +96,19 @@ def test_no_kernel_computes_an_offset_in_int():
         found |= set(re.findall(r"\bint\s+(\w+)", code))
     assert found <= small
     assert {"lane", "num_partials"} <= found, "the pattern finds nothing"
+
+
+def test_the_launcher_knows_the_launch_bounds():
+    """The harness checks what the launcher says; it says what nvcc reads beside each kernel."""
+    cuda = simt_device.ROOT / "csrc" / "cuda"
+    kernels = "".join(path.read_text() for path in cuda.glob("*.cuh"))
+    declared = re.findall(r"__launch_bounds__\((\w+), kMinBlocks\)\s+(\w+_kernel)\(", kernels)
+    assert len(declared) == kernels.count("__global__ ") > 5
+    launched = re.findall(
+        r"OE_EXT_LAUNCH\(\(?(\w+_kernel)(?:<[^>]*>)?\)?,\s+(\w+),",
+        (cuda / "launch_cuda.cu").read_text(),
+    )
+    assert dict(launched) == {kernel: bound for bound, kernel in declared}
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCE = ROOT / "bench" / "cuda" / "kernels.cu"
 FOLDER = ROOT / "build" / "cuda-code"
-ARCHITECTURES = ("75", "80", "90", "100")
+ARCHITECTURES = ("75", "80", "90", "100", "120")
 
 # Of one multiprocessor: registers, shared memory (bytes), threads, blocks. CUDA C++ Programming
 # Guide, "Technical Specifications per Compute Capability".
@@ -27,15 +27,7 @@ MULTIPROCESSORS = {
     "80": (65536, 164 * 1024, 2048, 32),
     "90": (65536, 228 * 1024, 2048, 32),
     "100": (65536, 228 * 1024, 2048, 32),
-}
-# The threads of a block that launch_cuda.cu starts a kernel with; for rows, those of short ones.
-BLOCK_THREADS = {
-    "forward_rows": 128,
-    "backward_rows": 128,
-    "forward_pixels": 128,
-    "backward_pixels": 128,
-    "count_rows": 256,
-    "write_loss": 256,
+    "120": (65536, 100 * 1024, 1536, 24),
 }
 
 
@@ -47,11 +39,12 @@ class Kernel:
     name: str
     dtype: str
     width: int  # elements moved at once; 0 where it moves no logits
+    max_threads: int  # of a block: the launch bounds; 0 where there are none
     registers: int
     stack: int
     spills: int  # bytes, stores and loads
     shared: int  # static, bytes
-    occupancy: float  # of the threads of a multiprocessor, by registers and static shared memory
+    occupancy: float  # of a multiprocessor's threads, in the largest blocks, without a stage
     wide_loads: int  # 128-bit loads from global memory
     wide_stores: int
     loop_wide_loads: int  # those of the hot loop: the tightest that has any
@@ -134,6 +127,17 @@ def _read_code(sass: str) -> dict[str, list[tuple[int, str]]]:
     return functions
 
 
+def _read_launch_bounds(elf: str) -> dict[str, int]:
+    """The largest block of each function that has launch bounds."""
+    bounds = {}
+    for part in re.split(r"^\.nv\.info\.", elf, flags=re.MULTILINE)[1:]:
+        name, _, body = part.partition("\n")
+        found = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+(0x[0-9a-f]+)", body)
+        if found:
+            bounds[name.strip()] = int(found[1], 16)
+    return bounds
+
+
 def inspect(architecture: str, *flags: str) -> list[Kernel]:
     """Compiles every kernel for one architecture and reads its machine code."""
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -144,10 +148,15 @@ def inspect(architecture: str, *flags: str) -> list[Kernel]:
     if cuobjdump is None:
         raise RuntimeError("cuobjdump was not found: pip install 'oe_ext[cuda-tools]'")
     environment = {**os.environ, "PATH": f"{cuobjdump.parent}{os.pathsep}{os.environ['PATH']}"}
-    sass = subprocess.run(
-        [cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True, env=environment
-    ).stdout
-    code = _read_code(sass)
+
+    def dump(what: str) -> str:
+        command = [cuobjdump, what, cubin]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, env=environment
+        ).stdout
+
+    code = _read_code(dump("-sass"))
+    bounds = _read_launch_bounds(dump("-elf"))
 
     pattern = re.compile(
         r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -162,6 +171,7 @@ def inspect(architecture: str, *flags: str) -> list[Kernel]:
         name, dtype, width = _identify(demangled)
         shared = re.search(r"(\d+) bytes smem", rest)
         shared_bytes = int(shared[1]) if shared else 0
+        max_threads = bounds.get(mangled, 0)
         lines = code[mangled]
         loop_wide_loads, loop_instructions = _hot_loop(lines)
         kernels.append(
@@ -170,11 +180,12 @@ def inspect(architecture: str, *flags: str) -> list[Kernel]:
                 name=name,
                 dtype=dtype,
                 width=width,
+                max_threads=max_threads,
                 registers=int(registers),
                 stack=int(stack),
                 spills=int(stores) + int(loads),
                 shared=shared_bytes,
-                occupancy=occupancy(architecture, name, int(registers), shared_bytes),
+                occupancy=occupancy(architecture, max_threads, int(registers), shared_bytes),
                 wide_loads=sum(_is_wide_load(text) for _, text in lines),
                 wide_stores=sum("STG.E.128" in text for _, text in lines),
                 loop_wide_loads=loop_wide_loads,
@@ -203,10 +214,12 @@ def _hot_loop(lines: list[tuple[int, str]]) -> tuple[int, int]:
     return loads, instructions
 
 
-def occupancy(architecture: str, name: str, registers: int, shared: int) -> float:
-    """The share of a multiprocessor's threads that fit, without a stage."""
+def occupancy(architecture: str, threads: int, registers: int, shared: int) -> float:
+    """The share of a multiprocessor's threads that blocks of so many threads fill; 0 where not
+    even one of them fits, or their size is not known."""
     all_registers, all_shared, max_threads, max_blocks = MULTIPROCESSORS[architecture]
-    threads = BLOCK_THREADS[name]
+    if threads == 0:
+        return 0.0
     by_warp = -(-registers // 8) * 8 * 32  # registers are given to warps, by 8 a thread
     blocks = min(
         max_blocks,
@@ -223,10 +236,18 @@ def inspect_all(architectures=ARCHITECTURES) -> list[Kernel]:
 
 
 def faults(kernels: list[Kernel]) -> list[str]:
-    """What no kernel may have: spills, a stack, a vector kernel's hot loop without wide loads."""
+    """What no kernel may have: no launch bounds, or a largest block that does not fit; spills, a
+    stack; a vector kernel's hot loop without wide loads."""
     found = []
     for kernel in kernels:
         name = f"{kernel.name}<{kernel.dtype}, {kernel.width}> on sm_{kernel.architecture}"
+        if kernel.max_threads == 0:
+            found.append(f"{name}: no launch bounds")
+        elif kernel.occupancy == 0:
+            found.append(
+                f"{name}: cannot be launched with {kernel.max_threads} threads of "
+                f"{kernel.registers} registers"
+            )
         if kernel.spills or kernel.stack:
             found.append(f"{name}: {kernel.spills} bytes spilled, {kernel.stack} of stack")
         if kernel.width > 1 and not (kernel.loop_wide_loads and kernel.wide_stores):
@@ -245,15 +266,17 @@ def table(kernels: list[Kernel]) -> str:
         return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
     lines = [
-        "| kernel | dtype | width | registers | occupancy, % | spills | stack | static shared "
-        "| 128-bit loads (in a loop) | 128-bit stores | instructions | per element |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | dtype | width | largest block | registers | occupancy, % | spills | stack "
+        "| static shared | 128-bit loads (in a loop) | 128-bit stores | instructions "
+        "| per element |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (name, dtype, width), row in groups.items():
         cells = [
             f"`{name}`",
             dtype,
             str(width or ""),
+            values(row, lambda k: k.max_threads),
             values(row, lambda k: k.registers),
             values(row, lambda k: round(100 * k.occupancy)),
             values(row, lambda k: k.spills),

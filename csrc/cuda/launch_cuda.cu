@@ -25,25 +25,23 @@ constexpr int64_t max_blocks() { return kMaxBlocks; }
 constexpr int64_t max_stage_bytes() { return kMaxStageBytes; }
 #endif
 
-constexpr int kCountThreads = 256;
 constexpr int64_t kCountRowsPerThread = 16;
 constexpr int64_t kMaxCountBlocks = kMaxCountPartials;
-constexpr int kWriteLossThreads = 256;
 constexpr int kWarpTeamThreads = 128;
 constexpr int64_t kMaxWarpClasses = 1024;  // above, the whole block walks a row
-constexpr int64_t kLongRow = 16384;
 
-// The one place that starts a kernel. Under the CPU harness, simt::launch does.
+// The one place that starts a kernel, whose launch bounds are max_threads. Under the CPU harness
+// simt::launch does, and refuses a larger block, as a GPU would.
 template <typename... Params, typename... Args>
-void launch(const char* name, void (*kernel)(Params...), int64_t num_blocks, int num_threads,
-            int64_t shared_bytes, Stream stream, const Args&... args) {
+void launch(const char* name, void (*kernel)(Params...), int max_threads, int64_t num_blocks,
+            int num_threads, int64_t shared_bytes, Stream stream, const Args&... args) {
   const dim3 grid(static_cast<unsigned>(num_blocks));
   const dim3 block(static_cast<unsigned>(num_threads));
 #ifdef SIMT_CPU
   (void)stream;
-  simt::launch(name, grid, block, static_cast<size_t>(shared_bytes), kernel, args...);
+  simt::launch(name, max_threads, grid, block, static_cast<size_t>(shared_bytes), kernel, args...);
 #else
-  (void)name;
+  (void)name, (void)max_threads;
   // clang-format off: it tears the brackets of a launch apart
   kernel<<<grid, block, static_cast<size_t>(shared_bytes), stream>>>(args...);
   // clang-format on
@@ -96,7 +94,7 @@ struct RowsPlan {
         lanes *= 2;
       }
     } else {
-      threads = lanes = layout.num_classes < kLongRow ? 256 : 512;
+      threads = lanes = kMaxRowsThreads;
     }
     blocks = blocks_for(layout.num_rows(), threads / lanes, max_blocks());
     const int64_t units_per_thread = (num_units + lanes - 1) / lanes;
@@ -116,13 +114,13 @@ struct RowsPlan {
 struct PixelsPlan {
   PixelsPlan(const RowLayout& layout, int64_t unit_size, int64_t unit_bytes, bool wants_stage) {
     const int64_t thread_bytes = layout.num_classes * unit_bytes;
-    threads = kPixelThreads;
+    threads = kMaxPixelsThreads;
     while (wants_stage && threads > kWarpSize && threads * thread_bytes > max_stage_bytes()) {
       threads /= 2;
     }
     fits_stage = wants_stage && threads * thread_bytes <= max_stage_bytes();
     if (!fits_stage) {
-      threads = kPixelThreads;
+      threads = kMaxPixelsThreads;
     }
     stage_bytes = fits_stage ? threads * thread_bytes : 0;
     blocks = blocks_for(layout.num_rows(), threads * unit_size, max_blocks());
@@ -141,32 +139,33 @@ int64_t forward_rows(const ForwardArgs<scalar_t, acc_t>& args, const Partials& p
                      Stream stream) {
   const RowsPlan plan(args.layout, kSize, kSize * sizeof(scalar_t));
   const bool staged = args.grad_logits != nullptr && plan.fits_stage;
-  OE_EXT_LAUNCH((outlier_exposure_forward_rows_kernel<scalar_t, acc_t, kSize>), plan.blocks,
-                plan.threads, staged ? plan.stage_bytes : 0, stream, args, partials, plan.lanes,
-                staged);
+  OE_EXT_LAUNCH((outlier_exposure_forward_rows_kernel<scalar_t, acc_t, kSize>), kMaxRowsThreads,
+                plan.blocks, plan.threads, staged ? plan.stage_bytes : 0, stream, args, partials,
+                plan.lanes, staged);
   return plan.blocks;
 }
 
 template <int kSize, typename scalar_t, typename acc_t>
 void backward_rows(const BackwardArgs<scalar_t, acc_t>& args, Stream stream) {
   const RowsPlan plan(args.layout, kSize, kSize * sizeof(scalar_t));
-  OE_EXT_LAUNCH((outlier_exposure_backward_rows_kernel<scalar_t, acc_t, kSize>), plan.blocks,
-                plan.threads, 0, stream, args, plan.lanes);
+  OE_EXT_LAUNCH((outlier_exposure_backward_rows_kernel<scalar_t, acc_t, kSize>), kMaxRowsThreads,
+                plan.blocks, plan.threads, 0, stream, args, plan.lanes);
 }
 
 template <int kSize, typename scalar_t, typename acc_t>
 int64_t forward_pixels(const ForwardArgs<scalar_t, acc_t>& args, const PixelsPlan& plan,
                        const Partials& partials, Stream stream) {
-  OE_EXT_LAUNCH((outlier_exposure_forward_pixels_kernel<scalar_t, acc_t, kSize>), plan.blocks,
-                plan.threads, plan.stage_bytes, stream, args, partials, plan.fits_stage);
+  OE_EXT_LAUNCH((outlier_exposure_forward_pixels_kernel<scalar_t, acc_t, kSize>), kMaxPixelsThreads,
+                plan.blocks, plan.threads, plan.stage_bytes, stream, args, partials,
+                plan.fits_stage);
   return plan.blocks;
 }
 
 template <int kSize, typename scalar_t, typename acc_t>
 void backward_pixels(const BackwardArgs<scalar_t, acc_t>& args, Stream stream) {
   const PixelsPlan plan(args.layout, kSize, kSize * sizeof(scalar_t), /*wants_stage=*/false);
-  OE_EXT_LAUNCH((outlier_exposure_backward_pixels_kernel<scalar_t, acc_t, kSize>), plan.blocks,
-                plan.threads, 0, stream, args);
+  OE_EXT_LAUNCH((outlier_exposure_backward_pixels_kernel<scalar_t, acc_t, kSize>),
+                kMaxPixelsThreads, plan.blocks, plan.threads, 0, stream, args);
 }
 
 // Chooses the walk and the width; returns how many blocks left a sum.
@@ -199,17 +198,17 @@ void forward(const ForwardArgs<scalar_t, acc_t>& args, void* scratch, Stream str
   }
   if (args.needs_counts_first() && num_rows > 0) {
     partials.counts = reinterpret_cast<GroupCounts*>(static_cast<GroupSums*>(scratch) + kMaxBlocks);
-    partials.num_counts = static_cast<int>(blocks_for(num_rows, kCountThreads * kCountRowsPerThread,
-                                                      std::min(kMaxCountBlocks, max_blocks())));
-    OE_EXT_LAUNCH(outlier_exposure_count_rows_kernel, partials.num_counts, kCountThreads, 0, stream,
-                  args.labels, num_rows, partials.counts);
+    partials.num_counts = static_cast<int>(blocks_for(
+        num_rows, kReduceThreads * kCountRowsPerThread, std::min(kMaxCountBlocks, max_blocks())));
+    OE_EXT_LAUNCH(outlier_exposure_count_rows_kernel, kReduceThreads, partials.num_counts,
+                  kReduceThreads, 0, stream, args.labels, num_rows, partials.counts);
   }
   if (num_rows > 0) {
     partials.num_sums = static_cast<int>(forward_all_rows(args, partials, stream));
   }
   if (args.output.loss != nullptr) {
-    OE_EXT_LAUNCH(outlier_exposure_write_loss_kernel<acc_t>, 1, kWriteLossThreads, 0, stream,
-                  args.output, args.reduction, num_rows, partials);
+    OE_EXT_LAUNCH(outlier_exposure_write_loss_kernel<acc_t>, kReduceThreads, 1, kReduceThreads, 0,
+                  stream, args.output, args.reduction, num_rows, partials);
   }
 }
 

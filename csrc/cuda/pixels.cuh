@@ -10,9 +10,9 @@ namespace oe_ext::cuda {
 template <int kSize>
 constexpr int kClassesAtOnce = kSize > 1 ? 4 : static_cast<int>(kClassBlock);
 
-// The most threads a block of pixels has. A thread that holds several rows takes up to 150
-// registers: of larger blocks, fewer threads would fit a multiprocessor.
-constexpr int kPixelThreads = 128;
+// The most threads of a block, and the launch bounds. A thread that holds several rows takes up to
+// 212 registers: of larger blocks, fewer threads would fit a multiprocessor.
+constexpr int kMaxPixelsThreads = 128;
 
 // The statistics of kSize neighbouring rows that start at `x`. `stage` keeps their logits, by
 // class.
@@ -104,12 +104,13 @@ __device__ void write_pixel_gradients(const RowGradient<acc_t> (&gradients)[kSiz
 // Sync:        merge_block's, before and after the loop over rows, which has none
 // Numerics:    acc_t; a running maximum and sums relative to it. -inf and NaN: see RowStats. The
 //              sums over rows are in double
-// Assumes:     blockDim.x is a multiple of 32, at most kPixelThreads (launch_cuda.cu)
+// Assumes:     blockDim.x is a multiple of 32, at most kMaxPixelsThreads (launch_cuda.cu)
 // Used when:   the row stride is below the class stride; kSize > 1 where num_inner is a multiple of
 //              kSize, and every class of the logits and of the gradient is aligned
 template <typename scalar_t, typename acc_t, int kSize>
-__global__ void outlier_exposure_forward_pixels_kernel(ForwardArgs<scalar_t, acc_t> args,
-                                                       Partials partials, bool staged) {
+__global__ void __launch_bounds__(kMaxPixelsThreads, kMinBlocks)
+    outlier_exposure_forward_pixels_kernel(ForwardArgs<scalar_t, acc_t> args, Partials partials,
+                                           bool staged) {
   OE_EXT_DYNAMIC_SHARED(slots);
   const Stage<Vector<scalar_t, kSize>> stage(staged ? slots : nullptr);
   GroupCounts counts;
@@ -163,10 +164,11 @@ __global__ void outlier_exposure_forward_pixels_kernel(ForwardArgs<scalar_t, acc
 // Writes:      grad_logits, 1 pass; zeros where a row does not count
 // Shared mem:  none     Sync: none
 // Numerics:    acc_t until the store: the upstream gradient multiplies before the cast
-// Assumes:     blockDim.x is at most kPixelThreads
+// Assumes:     blockDim.x is at most kMaxPixelsThreads
 // Used when:   as the forward kernel
 template <typename scalar_t, typename acc_t, int kSize>
-__global__ void outlier_exposure_backward_pixels_kernel(BackwardArgs<scalar_t, acc_t> args) {
+__global__ void __launch_bounds__(kMaxPixelsThreads, kMinBlocks)
+    outlier_exposure_backward_pixels_kernel(BackwardArgs<scalar_t, acc_t> args) {
   if (args.is_done()) {
     return;
   }

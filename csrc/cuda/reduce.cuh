@@ -6,6 +6,9 @@
 
 namespace oe_ext::cuda {
 
+// The threads of a block, and the launch bounds.
+constexpr int kReduceThreads = 256;
+
 // The counts of each block's labels.
 // Work split:  thread i of all takes rows i, i + threads, ...; a block merges its threads
 // Reads:       labels [num_rows], 1 pass
@@ -14,8 +17,8 @@ namespace oe_ext::cuda {
 // Numerics:    int64
 // Assumes:     blockDim.x is a multiple of 32 (launch_cuda.cu)
 // Used when:   the forward writes the gradient of a mean
-__global__ inline void outlier_exposure_count_rows_kernel(Labels labels, int64_t num_rows,
-                                                          GroupCounts* partials) {
+__global__ inline void __launch_bounds__(kReduceThreads, kMinBlocks)
+    outlier_exposure_count_rows_kernel(Labels labels, int64_t num_rows, GroupCounts* partials) {
   GroupCounts counts;
   for (int64_t row = grid_thread(); row < num_rows; row += grid_threads()) {
     counts.add(labels.rule.kind(labels[row]));
@@ -35,8 +38,9 @@ __global__ inline void outlier_exposure_count_rows_kernel(Labels labels, int64_t
 // Assumes:     gridDim.x is 1, blockDim.x a multiple of 32 (launch_cuda.cu)
 // Used when:   the reduction is not none; after the rows
 template <typename acc_t>
-__global__ void outlier_exposure_write_loss_kernel(LossOutput<acc_t> output, Reduction reduction,
-                                                   int64_t num_rows, Partials partials) {
+__global__ void __launch_bounds__(kReduceThreads, kMinBlocks)
+    outlier_exposure_write_loss_kernel(LossOutput<acc_t> output, Reduction reduction,
+                                       int64_t num_rows, Partials partials) {
   const GroupSums sums = merge_partials(partials.sums, partials.num_sums);
   if (threadIdx.x == 0) {
     output.write(sums, reduction, num_rows);

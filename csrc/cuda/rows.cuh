@@ -5,6 +5,10 @@
 
 namespace oe_ext::cuda {
 
+// The most threads of a block, and the launch bounds. 512 would leave a thread 128 registers, and
+// double takes up to 204.
+constexpr int kMaxRowsThreads = 256;
+
 // The threads that walk a row together: some lanes of a warp, a power of two of them, or the whole
 // block. A block walks blockDim.x / lanes rows at once.
 struct Team {
@@ -157,13 +161,14 @@ __device__ void write_lane_gradients(const RowGradient<acc_t>& gradient, const s
 //              loop over rows depends on the block alone
 // Numerics:    acc_t; each lane keeps a running maximum and sums relative to it, which merge in a
 //              fixed order. -inf and NaN: see RowStats. The sums over rows are in double
-// Assumes:     blockDim.x is a multiple of 32 and of lanes; lanes is a power of two up to 32, or
-//              blockDim.x (launch_cuda.cu)
+// Assumes:     blockDim.x is a multiple of 32 and of lanes, at most kMaxRowsThreads; lanes is a
+//              power of two up to 32, or blockDim.x (launch_cuda.cu)
 // Used when:   the class stride is not above the row stride; kSize > 1 where every row of the
 //              logits and of the gradient is aligned
 template <typename scalar_t, typename acc_t, int kSize>
-__global__ void outlier_exposure_forward_rows_kernel(ForwardArgs<scalar_t, acc_t> args,
-                                                     Partials partials, int lanes, bool staged) {
+__global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
+    outlier_exposure_forward_rows_kernel(ForwardArgs<scalar_t, acc_t> args, Partials partials,
+                                         int lanes, bool staged) {
   OE_EXT_DYNAMIC_SHARED(slots);
   const Stage<Vector<scalar_t, kSize>> stage(staged ? slots : nullptr);
   GroupCounts counts;
@@ -214,8 +219,8 @@ __global__ void outlier_exposure_forward_rows_kernel(ForwardArgs<scalar_t, acc_t
 // Assumes:     as the forward kernel
 // Used when:   as the forward kernel
 template <typename scalar_t, typename acc_t, int kSize>
-__global__ void outlier_exposure_backward_rows_kernel(BackwardArgs<scalar_t, acc_t> args,
-                                                      int lanes) {
+__global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
+    outlier_exposure_backward_rows_kernel(BackwardArgs<scalar_t, acc_t> args, int lanes) {
   if (args.is_done()) {
     return;
   }

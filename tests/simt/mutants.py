@@ -301,6 +301,12 @@ MUTANTS = [
         "const bool staged = args.grad_logits != nullptr && plan.fits_stage;",
         "const bool staged = false;",
     ),
+    Mutant(
+        "launch: long rows get more threads than the launch bounds",
+        LAUNCH,
+        "threads = lanes = kMaxRowsThreads;",
+        "threads = lanes = 2 * kMaxRowsThreads;",
+    ),
     # Meaning
     Mutant(
         "the maximum is not subtracted",

@@ -237,6 +237,10 @@ void run(const Launch& launch, void (*thread)(const void*), const void* context)
   const dim3 block = launch.block;
   const unsigned num_threads = block.x * block.y * block.z;
   if (num_threads == 0 || num_threads > 1024) throw Error("launch: a block has 1 to 1024 threads");
+  if (num_threads > static_cast<unsigned>(launch.max_threads)) {
+    throw Error("launch bounds: " + std::to_string(num_threads) + " threads, at most " +
+                std::to_string(launch.max_threads));
+  }
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) throw Error("launch: an empty grid");
   if (launch.shared_bytes > kMaxSharedBytes) throw Error("launch: too much shared memory");
   if (stacks_size < num_threads * kStackSize) {

@@ -17,6 +17,7 @@
 #define __global__ __attribute__((noinline))  // or its accesses would be those of launch()
 #define __device__
 #define __host__
+#define __launch_bounds__(...)  // run() has them from the launcher
 #define __forceinline__ inline __attribute__((always_inline))
 #define __shared__ static  // one block runs at a time
 #define OE_EXT_DYNAMIC_SHARED(name) unsigned char* const name = ::simt::dynamic_shared()
@@ -49,6 +50,7 @@ extern int64_t max_stage_bytes;
 
 struct Launch {
   const char* name;
+  int max_threads;  // the kernel's launch bounds
   dim3 grid;
   dim3 block;
   size_t shared_bytes;
@@ -64,14 +66,14 @@ void put_slot(const void* value, size_t size);
 bool get_slot(unsigned lane, void* value, size_t size);  // false: no such lane
 
 template <typename... Params, typename... Args>
-void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Params...),
-            const Args&... args) {
+void launch(const char* name, int max_threads, dim3 grid, dim3 block, size_t shared_bytes,
+            void (*kernel)(Params...), const Args&... args) {
   // What copies the arguments belongs to the launch, not to the kernel: it is not checked.
   const auto body = [&]() __attribute__((no_sanitize_thread)) { kernel(args...); };
   const auto call = [](const void* context) __attribute__((no_sanitize_thread)) {
     (*static_cast<const decltype(body)*>(context))();
   };
-  run({name, grid, block, shared_bytes}, call, &body);
+  run({name, max_threads, grid, block, shared_bytes}, call, &body);
 }
 
 // The value of lane `source`; of this lane itself where there is none.
