@@ -12,8 +12,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <vector>
 
@@ -75,18 +77,35 @@ class Scratch {
 // at::parallel_for as torch itself was compiled, on torch's threads. The header's own runs on one
 // thread where a file is compiled without OpenMP, and on threads of a second OpenMP where it is
 // linked with another one than torch's.
+//
+// torch_parallel_for makes a number of any exception, so the first one waits here for the caller.
 template <typename Body>
 void parallel_for(int64_t num_tasks, int64_t grain, const Body& body) {
   if (num_tasks <= grain) {
     body(int64_t(0), num_tasks);
     return;
   }
-  const auto run = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const Body*>(context))(begin, end);
+  struct Context {
+    const Body& body;
+    std::mutex mutex;
+    std::exception_ptr error;
+  } context{body, {}, nullptr};
+  const auto run = [](int64_t begin, int64_t end, void* data) {
+    auto& context = *static_cast<Context*>(data);
+    try {
+      context.body(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(context.mutex);
+      if (!context.error) {
+        context.error = std::current_exception();
+      }
+    }
   };
-  const AOTITorchError error =
-      torch_parallel_for(0, num_tasks, grain, run, const_cast<Body*>(&body));
-  TORCH_CHECK(error == 0, "outlier_exposure_loss: a thread of the CPU kernels failed");
+  const AOTITorchError failed = torch_parallel_for(0, num_tasks, grain, run, &context);
+  if (context.error) {
+    std::rethrow_exception(context.error);
+  }
+  TORCH_CHECK(failed == 0, "outlier_exposure_loss: torch could not run the CPU kernels' threads");
 }
 
 // Has the system provide the pages of a large gradient in a few calls. Each would otherwise be a

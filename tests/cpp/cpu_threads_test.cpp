@@ -2,6 +2,7 @@
 // that is not legal. Under ThreadSanitizer also that no two threads touch the same memory.
 #include <gtest/gtest.h>
 
+#include <new>
 #include <thread>
 
 #include "cpu_kernels.h"
@@ -95,6 +96,15 @@ TEST(Threads, TwoCallersAtOnce) {
   other.join();
   EXPECT_TRUE(first.has_bits_of(expected));
   EXPECT_TRUE(second.has_bits_of(expected));
+}
+
+TEST(Threads, AnExceptionReachesTheCallerAsItIs) {
+  const Problem<float> problem({1, 3001, 65}, Layout::kRows, LabelType::kInt64);
+  for (const int64_t threads : {1, 3}) {
+    no_memory = true;
+    EXPECT_THROW(outputs_of(problem, threads), std::bad_alloc) << threads << " threads";
+    no_memory = false;
+  }
 }
 
 TEST(Labels, TheFirstIllegalOneIsReported) {
