@@ -13,6 +13,7 @@
 #include "layout.h"
 #include "nodes.h"
 #include "tangents.h"
+#include "torch_compat.h"
 
 namespace oe_ext {
 namespace {
@@ -26,9 +27,9 @@ void set_tangent(const at::Tensor& output, const at::Tensor& tangent) {
 ForwardResult differentiable_forward(c10::DispatchKeySet keys, const at::Tensor& logits,
                                      const at::Tensor& target, const OptionalTensor& alpha_tensor,
                                      LossOptions options, bool unit_gradient) {
-  c10::intrusive_ptr<OutlierExposureLossBackward0> node;
+  NodePtr<OutlierExposureLossBackward0> node;
   if (torch::autograd::compute_requires_grad(logits, alpha_tensor)) {
-    node = c10::make_intrusive<OutlierExposureLossBackward0>();
+    node = make_node<OutlierExposureLossBackward0>();
     node->set_next_edges(torch::autograd::collect_next_edges(logits, alpha_tensor));
   }
   ForwardResult result;
@@ -119,9 +120,9 @@ at::Tensor backward_autograd(c10::DispatchKeySet keys, const at::Tensor& grad,
                              const at::Tensor& counts, double alpha,
                              const OptionalTensor& alpha_tensor, std::string_view reduction,
                              OptionalInt ignore_index, OptionalInt ood_index) {
-  c10::intrusive_ptr<OutlierExposureLossBackwardBackward0> node;
+  NodePtr<OutlierExposureLossBackwardBackward0> node;
   if (torch::autograd::compute_requires_grad(grad, logits, alpha_tensor)) {
-    node = c10::make_intrusive<OutlierExposureLossBackwardBackward0>();
+    node = make_node<OutlierExposureLossBackwardBackward0>();
     node->set_next_edges(torch::autograd::collect_next_edges(grad, logits, alpha_tensor));
   }
   at::Tensor grad_logits;

@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-MIN_TORCH = "2.13"
+MIN_TORCH = "2.11"
 
 # torch's headers need C++20. No debug information: it makes 11 MB out of 0.3 MB.
 # Hidden inline functions need not be emitted: a tenth of the time of a file.
