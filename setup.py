@@ -6,9 +6,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).resolve().parent
+MIN_SETUPTOOLS = 77  # reads the license of pyproject.toml; older ones fail there with a riddle
+
+if int(setuptools.__version__.partition(".")[0]) < MIN_SETUPTOOLS:
+    sys.exit(
+        f"oe_ext needs setuptools >= {MIN_SETUPTOOLS} to build, found {setuptools.__version__}: "
+        f"pip install 'setuptools>={MIN_SETUPTOOLS}'"
+    )
 
 
 def load_build_description():
@@ -78,7 +85,7 @@ def torch_arguments(build):
 
 build = load_build_description()
 if find_torch():
-    setup(**torch_arguments(build))
+    setuptools.setup(**torch_arguments(build))
 else:
     requirement = f"torch>={build.MIN_TORCH}"
-    setup(setup_requires=[requirement], install_requires=[requirement])
+    setuptools.setup(setup_requires=[requirement], install_requires=[requirement])

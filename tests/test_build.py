@@ -136,8 +136,24 @@ def setup_py(tmp_path: Path, before: str = "", **environment: str) -> str:
 
 def test_a_torch_that_is_too_old(tmp_path):
     """The torch that is here claims to be one."""
-    error = setup_py(tmp_path, "torch.__version__ = '2.12.1'")
-    assert "needs torch >= 2.13 to build, found 2.12.1: pip install 'torch>=2.13'" in error
+    error = setup_py(tmp_path, "torch.__version__ = '2.10.1'")
+    assert "needs torch >= 2.11 to build, found 2.10.1: pip install 'torch>=2.11'" in error
+
+
+def test_a_setuptools_that_is_too_old():
+    """It could not read pyproject.toml, and would say so in words about "project.license"."""
+    code = (
+        "import runpy, setuptools\n"
+        "setuptools.__version__ = '65.5.0'\n"
+        "runpy.run_path('setup.py', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "oe_ext needs setuptools >= 77 to build, found 65.5.0: pip install 'setuptools>=77'\n"
+    )
 
 
 @pytest.mark.parametrize(
