@@ -1,48 +1,72 @@
 # Every target sets up what it needs, from a fresh clone on. Override: make test TORCH=2.14.1
+# With ENV=current, a target takes PYTHON's environment as it is, and installs and fetches nothing:
+# make test-cuda ENV=current
 PYTHON ?= python3
 TORCH  ?= 2.13.0
 VENV   ?= .venv
+ENV    ?= venv
 ARGS   ?=
+# Processes that the tests run in.
+JOBS   ?= 2
 
-BIN := $(VENV)/bin
+ifeq ($(ENV),venv)
+PY := $(VENV)/bin/python
+BUILT := build/built-for-$(notdir $(VENV))-torch-$(TORCH)
 INSTALLED := $(VENV)/installed-torch-$(TORCH)
-SOURCES := setup.py pyproject.toml oe_ext/_build.py \
-           $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-BUILT := $(VENV)/built-torch-$(TORCH)
+PARALLEL := -n $(JOBS) --dist worksteal
 CUDA_TOOLS := $(VENV)/cuda-tools
 RELEASE_TOOLS := $(VENV)/release-tools
+apt_install = test -f $(1) || (apt-get update -qq && apt-get install -y -qq $(2))
+else ifeq ($(ENV),current)
+PY := $(shell command -v $(PYTHON) 2> /dev/null)
+BUILT := build/built-for-current-torch-$(shell $(PY) -c "import torch; print(torch.__version__)")
+INSTALLED := build/checked-current
+CUDA_TOOLS :=
+RELEASE_TOOLS :=
+apt_install = test -f $(1) || { echo "ENV=current installs nothing, and $(2) is missing"; exit 1; }
+export PYTHONPATH := $(CURDIR)$(addprefix :,$(PYTHONPATH))
+# A test whose optional package is missing is skipped, here and nowhere else.
+export OE_EXT_TEST_MISSING := skip
+else
+$(error ENV must be venv or current, got $(ENV))
+endif
+BIN := $(abspath $(dir $(PY)))
+ON_PATH := PATH="$(BIN):$$PATH"
+
+SOURCES := setup.py pyproject.toml oe_ext/_build.py \
+           $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+MARKERS := not packaging and not mutants and not nvcc and not scale
 
 .PHONY: demo test fuzz test-scale test-cpp test-sanitizers test-asan-python test-levels test-packaging \
         test-mutants test-nvcc test-cuda bench bench-cuda instructions \
         ptx sass-report cuda-model lint format build dist test-pythons clean
 
 demo: $(BUILT)  ## train on real data, with and without Outlier Exposure
-	$(BIN)/python examples/train_digits.py $(ARGS)
+	$(PY) examples/train_digits.py $(ARGS)
 
 test: $(BUILT)  ## the Python tests
-	$(BIN)/python -m pytest -m "not packaging and not mutants and not nvcc and not scale" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "$(MARKERS)" $(ARGS)
 
 SEED ?= 0
 fuzz: $(BUILT)  ## 20,000 examples of the properties, others for every SEED: minutes
-	$(BIN)/python -m pytest -q tests/test_properties.py tests/test_sequences.py \
+	$(PY) -m pytest -q tests/test_properties.py tests/test_sequences.py \
 	  --hypothesis-profile=fuzz --hypothesis-seed=$(SEED) --hypothesis-show-statistics $(ARGS)
 
 test-scale: $(BUILT)  ## billions of logits, millions of rows, 10^5 calls; 20 GiB of memory: minutes
-	$(BIN)/python -m pytest -m scale --durations=0 $(ARGS)
+	$(PY) -m pytest -m scale --durations=0 $(ARGS)
 
 test-cpp: $(BUILT)  ## the C++ tests, through CMake and ctest
-	test -f /usr/include/gtest/gtest.h || (apt-get update -qq && apt-get install -y -qq libgtest-dev)
-	cmake -G Ninja -B build/cmake -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" \
-	  -DOE_EXT_PYTHON="$(abspath $(BIN)/python)" \
-	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch.utils as u; print(u.cmake_prefix_path)')"
+	$(call apt_install,/usr/include/gtest/gtest.h,libgtest-dev)
+	$(ON_PATH) cmake -G Ninja -B build/cmake -DOE_EXT_PYTHON="$(abspath $(PY))" \
+	  -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch.utils as u; print(u.cmake_prefix_path)')"
 	cmake --build build/cmake
 	ctest --test-dir build/cmake --output-on-failure
 
 test-sanitizers: $(BUILT)  ## the C++ tests, the CUDA kernels' too, with ASan and UBSan, and with TSan
-	test -f /usr/include/gtest/gtest.h || (apt-get update -qq && apt-get install -y -qq libgtest-dev)
+	$(call apt_install,/usr/include/gtest/gtest.h,libgtest-dev)
 	for preset in asan-ubsan tsan; do \
-	  PATH="$(abspath $(BIN)):$$PATH" cmake --preset $$preset \
-	    -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch.utils as u; print(u.cmake_prefix_path)')" && \
+	  $(ON_PATH) cmake --preset $$preset \
+	    -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch.utils as u; print(u.cmake_prefix_path)')" && \
 	  cmake --build --preset $$preset && ctest --preset $$preset -j2 || exit 1; \
 	done
 
@@ -51,25 +75,25 @@ test-sanitizers: $(BUILT)  ## the C++ tests, the CUDA kernels' too, with ASan an
 # checkout holds a library too.
 ASAN_LIBRARY = build/asan-python
 test-asan-python: $(BUILT)  ## Python tests of the CPU operators, compiled with ASan and UBSan: minutes
-	PATH="$(abspath $(BIN)):$$PATH" LDFLAGS="-fsanitize=address,undefined" \
+	$(ON_PATH) LDFLAGS="-fsanitize=address,undefined" \
 	  CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
-	  $(BIN)/python setup.py -q build_ext --build-temp $(ASAN_LIBRARY)/temp --build-lib $(ASAN_LIBRARY)/lib \
+	  $(PY) setup.py -q build_ext --build-temp $(ASAN_LIBRARY)/temp --build-lib $(ASAN_LIBRARY)/lib \
 	  build_py --build-lib $(ASAN_LIBRARY)/lib
 	cd $(ASAN_LIBRARY)/lib && export ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" && \
-	  $(abspath $(BIN))/python -c "import oe_ext; assert 'asan-python' in oe_ext._ext.origin, oe_ext._ext.origin" && \
-	  $(abspath $(BIN))/python -m pytest -q -k "not simt" \
+	  $(abspath $(PY)) -c "import oe_ext; assert 'asan-python' in oe_ext._ext.origin, oe_ext._ext.origin" && \
+	  $(abspath $(PY)) -m pytest -q -k "not simt" \
 	    $(foreach name,values layouts edges errors autograd unit_gradient stats vmap module cpu_kernels,$(CURDIR)/tests/test_$(name).py) $(ARGS)
 
 # As the tests do, but with the kernels of lesser processors.
 test-levels: $(BUILT)  ## the CPU tests at every capability below this processor's: a minute or two
 	for level in default avx2; do \
-	  ATEN_CPU_CAPABILITY=$$level $(BIN)/python -m pytest -q \
-	    -m "not packaging and not mutants and not nvcc and not scale" -k "not simt" $(ARGS) || exit 1; \
+	  ATEN_CPU_CAPABILITY=$$level $(PY) -m pytest -q $(PARALLEL) \
+	    -m "$(MARKERS)" -k "not simt" $(ARGS) || exit 1; \
 	done
 
 test-packaging: $(BUILT) dist  ## what dist made, pip with and without isolation, JIT: minutes
-	$(BIN)/python -m pytest -m packaging $(ARGS)
+	$(PY) -m pytest -m packaging $(ARGS)
 
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
 test-pythons:  ## make test on each of PYTHONS that is here: minutes each
@@ -80,39 +104,39 @@ test-pythons:  ## make test on each of PYTHONS that is here: minutes each
 	done
 
 test-mutants: $(BUILT)  ## wrong CUDA kernels, which the CPU harness must all catch: minutes
-	$(BIN)/python -m pytest -m mutants $(ARGS)
+	$(PY) -m pytest -m mutants $(ARGS)
 
 test-nvcc: $(BUILT) $(CUDA_TOOLS)  ## the CUDA kernels' machine code; needs nvcc: minutes
-	$(BIN)/python -m pytest -m nvcc $(ARGS)
+	$(PY) -m pytest -m nvcc $(ARGS)
 
 # On a GPU: the same tests with device "cuda", then each of compute-sanitizer's tools over a part.
 test-cuda: $(BUILT)
-	$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available() and 'make test-cuda needs a GPU, and TORCH= a CUDA build of torch')"
-	$(BIN)/python -m pytest -m "not packaging and not mutants and not nvcc and not scale" -k "cuda" $(ARGS)
+	$(PY) -c "import torch, sys; sys.exit(not torch.cuda.is_available() and 'make test-cuda needs a GPU, and TORCH= a CUDA build of torch')"
+	$(PY) -m pytest -m "$(MARKERS)" -k "cuda" $(ARGS)
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(BIN)/python -m pytest -q tests/test_values.py -k "cuda and (row_counts or class_counts or tiles)" || exit 1; \
+	    $(PY) -m pytest -q tests/test_values.py -k "cuda and (row_counts or class_counts or tiles)" || exit 1; \
 	done
 
 bench-cuda: $(BUILT)  ## on a GPU: our loss against its rivals
-	$(BIN)/python bench/bench.py --device cuda $(ARGS)
-	$(BIN)/python bench/bench.py --device cuda --dtype bfloat16 $(ARGS)
+	$(PY) bench/bench.py --device cuda $(ARGS)
+	$(PY) bench/bench.py --device cuda --dtype bfloat16 $(ARGS)
 
 ptx: $(INSTALLED)  ## the CUDA kernels in PTX; needs nvcc
-	$(BIN)/python bench/cuda/report.py ptx
+	$(PY) bench/cuda/report.py ptx
 
 sass-report: $(INSTALLED) $(CUDA_TOOLS)  ## rewrites the machine-code table of bench/CUDA.md; needs nvcc
-	$(BIN)/python bench/cuda/report.py machine-code
+	$(PY) bench/cuda/report.py machine-code
 
 cuda-model: $(BUILT)  ## rewrites the traffic tables of bench/CUDA.md
-	$(BIN)/python bench/cuda/report.py model
+	$(PY) bench/cuda/report.py model
 
 bench: $(BUILT)  ## our loss against its rivals; rewrites bench/RESULTS.md
-	$(BIN)/python bench/bench.py $(ARGS)
+	$(PY) bench/bench.py $(ARGS)
 
 instructions: $(BUILT)  ## of small calls, by callgrind, against those recorded
-	test -f /usr/include/valgrind/callgrind.h || (apt-get update -qq && apt-get install -y -qq valgrind)
-	$(BIN)/python bench/instructions.py $(ARGS)
+	$(call apt_install,/usr/include/valgrind/callgrind.h,valgrind)
+	$(PY) bench/instructions.py $(ARGS)
 
 lint: $(INSTALLED)  ## nothing is changed
 	$(BIN)/ruff check
@@ -130,34 +154,43 @@ build: $(BUILT)  ## compile what has changed
 # For the torch that is here. The wheel is built from what the sdist holds.
 dist: $(BUILT) $(RELEASE_TOOLS)  ## an sdist and a wheel, checked
 	rm -rf dist && mkdir -p build
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation > build/dist.log 2>&1 || \
+	$(ON_PATH) $(PY) -m build --no-isolation > build/dist.log 2>&1 || \
 	  { cat build/dist.log; exit 1; }
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
 	$(BIN)/auditwheel show dist/*.whl
 
-# The editable install compiles nothing; in place, an edit compiles what it changes.
+# The editable install compiles nothing; in place, an edit compiles what it changes. There is one
+# place for the library, so what another environment has left there goes first.
 $(BUILT): $(INSTALLED) $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
-	touch $@
+	rm -f build/built-for-* oe_ext/_C*.so
+	$(ON_PATH) $(PY) setup.py -q build_ext --inplace
+	mkdir -p build && touch $@
 
+ifeq ($(ENV),current)
+$(INSTALLED):
+	$(PY) -c "import torch, setuptools, pybind11, numpy, pytest, hypothesis, psutil"
+	$(ON_PATH) ninja --version > /dev/null
+	mkdir -p build && touch $@
+else
 # --no-deps: they are two programs, and what they name as needed is a whole toolkit.
 $(CUDA_TOOLS): | $(INSTALLED)
-	$(BIN)/python -m pip install -q --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PY) -m pip install -q --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
 $(RELEASE_TOOLS): pyproject.toml | $(INSTALLED)
-	OE_EXT_DEFER_BUILD=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[release]"
+	OE_EXT_DEFER_BUILD=1 $(PY) -m pip install -q --no-build-isolation -e ".[release]"
 	touch $@
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/*-torch-*
-	$(BIN)/python -m pip install -q torch==$(TORCH) "setuptools>=77" ninja "pybind11>=2.13"
-	OE_EXT_DEFER_BUILD=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
-	$(BIN)/python -m pip install -q --no-deps pytorch-ood==0.4.0
+	$(PY) -m pip install -q torch==$(TORCH) "setuptools>=77" ninja "pybind11>=2.13"
+	OE_EXT_DEFER_BUILD=1 $(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	$(PY) -m pip install -q --no-deps pytorch-ood==0.4.0
 	touch $@
+
+endif
 
 clean:
 	rm -rf build dist *.egg-info oe_ext/*.so examples/out .pytest_cache .mypy_cache .ruff_cache
-	rm -f $(VENV)/built-torch-*

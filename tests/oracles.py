@@ -18,11 +18,16 @@ def load_pytorch_ood_class() -> type[torch.nn.Module]:
 
     The package's ``__init__`` files import torchvision and more, which the loss does not need, so
     the packages are entered without running them.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
     """
     name = "pytorch_ood"
     if f"{name}.loss.oe" not in sys.modules:
         spec = importlib.util.find_spec(name)
-        assert spec is not None, "pytorch-ood is missing: pip install --no-deps pytorch-ood==0.4.0"
+        if spec is None:
+            command = "pip install --no-deps pytorch-ood==0.4.0"
+            raise ModuleNotFoundError(f"pytorch-ood is missing: {command}", name=name)
         root = Path(spec.origin).parent
         for package in (name, f"{name}.loss", f"{name}.utils"):
             module = types.ModuleType(package)

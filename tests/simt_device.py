@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -53,9 +54,22 @@ def compile_kernels(root: Path, made: Path, flags: list[str]) -> None:
     subprocess.run(["g++", "-shared", *coverage, compiled, "-o", made, *runtime], check=True)
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process builds, the others wait: pytest-xdist starts several."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def build() -> Path:
     """Compiles the harness, where anything is newer than it was. Returns the kernels' library."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    with _locked(FOLDER):
+        return _build()
+
+
+def _build() -> Path:
     headers = _headers(ROOT)
     objects = {source: FOLDER / f"{source.stem}.o" for source in RUNTIME}
     compilers = [

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optional
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -19,6 +20,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
     ],
 )
 def test_example(tmp_path, script, figure, shows):
+    optional.require("sklearn", "skimage", "matplotlib", "tqdm")
     output = run(tmp_path, script)
     for text in shows:
         assert text in output
@@ -28,6 +30,7 @@ def test_example(tmp_path, script, figure, shows):
 
 def test_lightning(tmp_path):
     """It trains, logs the statistics of the loss, and tests the checkpoint that it wrote."""
+    optional.require("sklearn", "matplotlib", "tqdm", "lightning")
     output = run(tmp_path, "lightning_digits.py")
     for text in ("AUROC", "AUPR", "FPR95"):
         assert text in output

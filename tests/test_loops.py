@@ -1,11 +1,9 @@
 """Training loops as people write them: Accelerate's, accumulation, GradScaler, checkpointing."""
 
+import optional
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from inputs import make_target
-from oracles import load_pytorch_ood_class
 from torch.utils.checkpoint import checkpoint
 
 from oe_ext import OutlierExposureLoss, outlier_exposure_loss, reference
@@ -39,20 +37,24 @@ def plain_loop(criterion, accumulate, steps=3):
 
 
 @pytest.fixture
-def fresh_accelerate():
-    """Its settings are those of the process."""
-    states = (AcceleratorState, GradientState, PartialState)
+def accelerate():
+    """The package; its settings, which are those of the process, are fresh."""
+    package = optional.module("accelerate")
+    names = ("AcceleratorState", "GradientState", "PartialState")
+    states = [getattr(optional.module("accelerate.state"), name) for name in names]
     for state in states:
         state._reset_state()
-    yield
+    yield package
     for state in states:
         state._reset_state()
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-6), ("bf16", 1e-2)])
-def test_accelerate(fresh_accelerate, precision, tolerance):
+def test_accelerate(accelerate, precision, tolerance):
     """Gradient accumulation and mixed precision, against the reference in float32."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
+    accelerator = accelerate.Accelerator(
+        cpu=True, gradient_accumulation_steps=2, mixed_precision=precision
+    )
     model = make_model()
     criterion = OutlierExposureLoss(reduction="group_mean")
     loader = torch.utils.data.DataLoader(make_batches(), batch_size=None)
@@ -120,7 +122,7 @@ def test_grad_scaler_where_the_reference_vanishes_or_overflows():
         scaler.scale(loss).backward()
         return loss.detach(), leaf.grad.double() / scale
 
-    theirs = load_pytorch_ood_class()(alpha=0.5)
+    theirs = optional.pytorch_ood_class()(alpha=0.5)
     exact = gradient(reference.outlier_exposure_loss, torch.float64, 1.0)[1]
     loss, ours = gradient(OutlierExposureLoss(), torch.float16, 65536.0)
     assert loss.isfinite()
@@ -136,7 +138,7 @@ def test_grad_scaler_where_the_reference_vanishes_or_overflows():
     # float32's own error where p is near 1
     eps = torch.finfo(torch.float32).eps
     torch.testing.assert_close(ours[fits], exact[fits], rtol=5e-3, atol=eps)
-    their_sum = load_pytorch_ood_class()(alpha=0.5, reduction="sum")
+    their_sum = optional.pytorch_ood_class()(alpha=0.5, reduction="sum")
     _, scaled = gradient(their_sum, torch.float16, 65536.0)
     assert (~scaled[fits].isfinite()).double().mean() > 0.1, "overflows"
 
