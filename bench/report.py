@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-import torch
+import traffic
 from cases import GOALS
 from results import MEMORY_CSV, ROOT, TIMES_CSV, MemoryRow, TimeRow, parse_shape, read
 
@@ -40,7 +41,8 @@ class Measured:
 
 def group_cases(rows: list[TimeRow]) -> list[Measured]:
     def key(row: TimeRow) -> tuple[str, ...]:
-        return (row.section, row.shape, row.dtype, row.layout, row.target_dtype, row.reduction)
+        kind = (row.target_dtype, row.reduction, row.direction)
+        return (row.section, row.shape, row.dtype, row.layout, *kind)
 
     return [Measured(group) for _, group in groupby(rows, key)]
 
@@ -68,6 +70,14 @@ def markdown(header: list[str], lines: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def variant(case: Measured) -> str:
+    """What is unusual about a case."""
+    first = case.case
+    usual = ("contiguous", "int64", "mean", "forward+backward")
+    words = (first.layout, first.target_dtype, first.reduction, first.direction)
+    return " ".join(word for word, default in zip(words, usual, strict=True) if word != default)
+
+
 def plain_table(rows: list[TimeRow]) -> str:
     """What a run prints: the time of each over ours, with half the interquartile range."""
     cases = group_cases(rows)
@@ -76,10 +86,7 @@ def plain_table(rows: list[TimeRow]) -> str:
     lines = [header]
     for case in cases:
         first = case.case
-        usual = ("contiguous", "int64", "mean", "forward+backward")
-        variant = (first.layout, first.target_dtype, first.reduction, first.direction)
-        unusual = [word for word, default in zip(variant, usual, strict=True) if word != default]
-        label = [first.section, first.shape, first.dtype, " ".join(unusual)]
+        label = [first.section, first.shape, first.dtype, variant(case)]
         lines.append(label + [spread(case, name) for name in names])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -184,19 +191,22 @@ def memory_table(rows: list[MemoryRow]) -> str:
     return markdown(["shape", *names], lines)
 
 
-def model_bytes(case: Measured) -> int:
-    """What forward and backward must move: logits, gradient, labels, and a loss for each position.
-
-    The forward writes the gradient of a scalar loss while it has the logits at hand. Elsewhere, and
-    in float16, the backward reads them again.
-    """
+def case_bytes(case: Measured, rival: str) -> int:
+    """By the byte model; 0 for a rival without one."""
     first = case.case
-    elements = torch.Size(case.shape).numel()
-    positions = elements // case.shape[1]
-    passes = 3 if first.reduction == "none" or first.dtype == "float16" else 2
-    label_bytes = getattr(torch, first.target_dtype).itemsize
-    logit_bytes = getattr(torch, first.dtype).itemsize
-    return passes * elements * logit_bytes + positions * (label_bytes + 4)
+    return traffic.model_bytes(
+        rival,
+        case.shape,
+        first.dtype,
+        first.target_dtype,
+        first.reduction,
+        first.direction == "inference",
+    )
+
+
+def model_bytes(case: Measured) -> int:
+    """Forward and backward on the CPU, which write a loss for each position, too."""
+    return case_bytes(case, "ours") + 4 * (math.prod(case.shape) // case.shape[1])
 
 
 def roofline_table(cases: list[Measured]) -> str:
@@ -205,8 +215,7 @@ def roofline_table(cases: list[Measured]) -> str:
         ours, clone = case.find("ours"), case.find("clone")
         assert ours is not None
         assert clone is not None
-        logit_bytes = torch.Size(case.shape).numel() * getattr(torch, case.case.dtype).itemsize
-        copied = 2 * logit_bytes / clone.median_us  # MB/s
+        copied = case_bytes(case, "clone") / clone.median_us  # MB/s
         moved = model_bytes(case) / ours.median_us
         lines.append(
             [
