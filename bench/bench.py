@@ -8,7 +8,7 @@ against float64; one that differs ends the run.
     python bench/bench.py --report-only    # the same pages, from the CSV files
     python bench/bench.py --quick          # small shapes; prints
     python bench/bench.py --only layouts   # a part; prints
-    python bench/bench.py --device cuda [--dtype bfloat16]    # the main table on a GPU; prints
+    python bench/bench.py --dtype bfloat16 # the main table in another dtype; prints
 """
 
 from __future__ import annotations
@@ -21,14 +21,10 @@ import report
 import results
 import torch
 from cases import GOALS, SECTIONS, Case, all_cases, goal_cases, make_inputs, quick_cases
-from results import TimeRow, shape_text
+from results import TimeRow, row_fields
 from rivals import check, make_losses, make_steps
 from timing import take_turns
 from tqdm import tqdm
-
-
-def dtype_text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def thread_counts(most: int) -> list[int]:
@@ -36,9 +32,9 @@ def thread_counts(most: int) -> list[int]:
     return sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)})
 
 
-def measure(case: Case, device: str, threads: int) -> list[TimeRow]:
+def measure(case: Case, threads: int) -> list[TimeRow]:
     """Checks the rivals of a case, then times them."""
-    inputs = make_inputs(case, device)
+    inputs = make_inputs(case, "cpu")
     losses = make_losses(case, inputs)
 
     def with_threads(count: int, step):
@@ -57,24 +53,10 @@ def measure(case: Case, device: str, threads: int) -> list[TimeRow]:
                 for count in thread_counts(threads)
                 for (name, _), step in steps.items()
             }
-        synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-        timings = take_turns(steps, ("ours", threads), case.budget, synchronize)
+        timings = take_turns(steps, ("ours", threads), case.budget)
     torch.set_num_threads(threads)
     return [
-        TimeRow(
-            section=case.section,
-            shape=shape_text(case.shape),
-            dtype=dtype_text(case.dtype),
-            layout=case.layout,
-            target_dtype=dtype_text(case.target_dtype),
-            reduction=case.reduction,
-            direction="inference" if case.inference else "forward+backward",
-            threads=count,
-            rival=name,
-            median_us=round(1e6 * timing.seconds, 3),
-            ratio=round(timing.ratio, 4),
-            iqr=round(timing.iqr, 4),
-        )
+        TimeRow(section=case.section, threads=count, rival=name, **row_fields(case, timing))
         for (name, count), timing in timings.items()
     ]
 
@@ -86,7 +68,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16", "float64"],
@@ -95,10 +76,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, help="where to write the times of a run that prints")
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU and a CUDA build of torch; there is none here")
-    if args.only and (args.quick or args.dtype or args.device == "cuda"):
-        parser.error("--only goes with the whole suite, which is the CPU's")
+    if args.only and (args.quick or args.dtype):
+        parser.error("--only goes with the whole suite")
     return args
 
 
@@ -107,21 +86,21 @@ def main() -> None:
     if args.report_only:
         report.write_pages()
         return
-    facts = results.provenance(args.device, args.threads)  # before the run changes any file
+    facts = results.provenance(args.threads)  # before the run changes any file
     dtype = getattr(torch, args.dtype or "float32")
     if args.quick:
         cases = quick_cases(dtype)
-    elif args.dtype or args.device == "cuda":
+    elif args.dtype:
         cases = goal_cases(list(GOALS), dtype)
     else:
         cases = [case for case in all_cases() if case.section in (args.only or SECTIONS)]
-    is_whole = not (args.quick or args.only or args.dtype or args.csv or args.device == "cuda")
+    is_whole = not (args.quick or args.only or args.dtype or args.csv)
 
     torch.set_num_threads(args.threads)
     rows = []
     for case in (progress := tqdm(cases)):
         progress.set_description(str(case))
-        rows += measure(case, args.device, args.threads)
+        rows += measure(case, args.threads)
     if not is_whole:
         print("\n".join(f"{name}: {value}" for name, value in facts.items()))
         print(f"\n{report.plain_table(rows)}")

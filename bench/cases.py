@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ ALPHA = 0.5
 OOD_INDEX = 254  # marks the outliers in unsigned labels
 
 Shape = tuple[int, ...]
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Goals(NamedTuple):
@@ -41,6 +45,7 @@ ALL_RIVALS = ("ours", "pytorch-ood", "compiled", "cross_entropy", "sum", "clone"
 EAGER_RIVALS = ("ours", "pytorch-ood", "cross_entropy", "sum", "clone")
 FUSED_RIVALS = ("ours", "compiled", "cross_entropy", "sum", "clone")
 BASIC_RIVALS = ("ours", "cross_entropy", "sum", "clone")
+CUDA_RIVALS = ("ours", "pytorch-ood", "compiled", "cross_entropy", "liger", "quack", "clone")
 
 SECTIONS = (
     "goals",
@@ -68,7 +73,7 @@ class Case:
     budget: float = 3.0  # seconds for the measured rounds, as far as the fewest rounds allow
 
     def __str__(self) -> str:
-        return f"{self.section} {self.shape} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.section} {self.shape} {dtype_text(self.dtype)}"
 
 
 class Inputs(NamedTuple):
@@ -93,24 +98,19 @@ def make_logits(shape: Shape, layout: str) -> Tensor:
 def make_inputs(case: Case, device: str) -> Inputs:
     """Random logits, and labels of which about half mark outliers."""
     torch.manual_seed(0)
-    logits = make_logits(case.shape, case.layout).to(device, case.dtype).detach()
-    logits.requires_grad_(not case.inference)
     num_classes = case.shape[1]
-    labels = torch.randint(-num_classes, num_classes, (case.shape[0], *case.shape[2:]))
+    with torch.device(device):
+        logits = make_logits(case.shape, case.layout).to(case.dtype).detach()
+        labels = torch.randint(-num_classes, num_classes, (case.shape[0], *case.shape[2:]))
+    logits.requires_grad_(not case.inference)
     target, ood_index = labels, None
     if not case.target_dtype.is_signed:
         target, ood_index = labels.where(labels >= 0, OOD_INDEX), OOD_INDEX
     weight = None
     if case.reduction == "none":
-        weight = torch.rand(labels.shape, dtype=torch.promote_types(case.dtype, torch.float32))
-        weight = weight.to(device)
-    return Inputs(
-        logits,
-        target.to(device, case.target_dtype),
-        labels.clamp(min=0).to(device),
-        ood_index,
-        weight,
-    )
+        dtype = torch.promote_types(case.dtype, torch.float32)
+        weight = torch.rand(labels.shape, dtype=dtype, device=device)
+    return Inputs(logits, target.to(case.target_dtype), labels.clamp(min=0), ood_index, weight)
 
 
 def goal_cases(shapes: list[Shape], dtype: torch.dtype) -> list[Case]:
@@ -181,4 +181,36 @@ def all_cases() -> list[Case]:
         *threads,
         *rows,
         *classes,
+    ]
+
+
+def cuda_cases() -> list[Case]:
+    """On a GPU: what matters most comes first, since the time may run out. Checking the largest
+    against float64 takes up to 20 GB of the GPU's memory."""
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    language, more_classes = (8192, 32000), (2048, 128256)
+    cityscapes, ade20k = (2, 19, 1024, 2048), (8, 150, 512, 512)
+
+    def case(shape: Shape, dtype: torch.dtype = float32, **others: Any) -> Case:
+        return Case("cuda", shape, CUDA_RIVALS, dtype, budget=1.0, **others)
+
+    return [
+        *(case(shape, dtype) for dtype in (float32, bfloat16) for shape in GOALS),
+        *(case(shape, dtype) for dtype in (bfloat16, float32) for shape in (cityscapes, ade20k)),
+        *(case(shape, bfloat16) for shape in (language, more_classes)),
+        *(case(shape, float16) for shape in (*GOALS, language, cityscapes)),
+        *(case(shape, inference=True) for shape in [(384, 100), (4096, 1000), cityscapes]),
+        case(language, bfloat16, inference=True),
+        *(case(shape, reduction="none") for shape in [(4096, 1000), cityscapes]),
+        case(language, bfloat16, reduction="none"),
+        case(cityscapes, layout="channels_last"),
+        case(cityscapes, target_dtype=torch.uint8),
+    ]
+
+
+def quick_cuda_cases() -> list[Case]:
+    return [
+        Case("cuda", shape, CUDA_RIVALS, dtype, budget=0.3)
+        for dtype in (torch.float32, torch.bfloat16)
+        for shape in QUICK_SHAPES
     ]

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from cases import Shape
+from cases import Case, Shape, dtype_text
+from timing import Timing
 
 from oe_ext import collect_env
 
@@ -39,6 +40,13 @@ class TimeRow:
 
 
 @dataclass(frozen=True)
+class CudaRow(TimeRow):
+    """Of a GPU: the section is "eager", or "graph" for the replays of a CUDA graph."""
+
+    left_out: str = ""  # why it was not measured; then the figures are NaN
+
+
+@dataclass(frozen=True)
 class MemoryRow:
     shape: str
     rival: str
@@ -47,7 +55,7 @@ class MemoryRow:
     ratio: float  # of the rise over the logits
 
 
-Row = TypeVar("Row", TimeRow, MemoryRow)
+Row = TypeVar("Row", TimeRow, CudaRow, MemoryRow)
 
 
 def shape_text(shape: Shape) -> str:
@@ -58,11 +66,25 @@ def parse_shape(text: str) -> Shape:
     return tuple(map(int, text.split("x")))
 
 
-def _git(*arguments: str) -> str | None:
+def row_fields(case: Case, timing: Timing) -> dict[str, Any]:
+    """The fields of a row that say what was measured, and the figures."""
+    return {
+        "shape": shape_text(case.shape),
+        "dtype": dtype_text(case.dtype),
+        "layout": case.layout,
+        "target_dtype": dtype_text(case.target_dtype),
+        "reduction": case.reduction,
+        "direction": "inference" if case.inference else "forward+backward",
+        "median_us": round(1e6 * timing.seconds, 3),
+        "ratio": round(timing.ratio, 4),
+        "iqr": round(timing.iqr, 4),
+    }
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None where it is missing, or fails."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -70,17 +92,35 @@ def _git(*arguments: str) -> str | None:
 
 def _commit() -> str:
     """The commit, and whether something else than these results has changed since."""
-    commit = _git("rev-parse", "--short=12", "HEAD")
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
     if commit is None:
         return "unknown"
     outputs = ("bench/results", "bench/RESULTS.md", "README.md")
-    changed = _git("status", "--porcelain", "--", ".", *(f":!{path}" for path in outputs))
+    others = (f":!{path}" for path in outputs)
+    changed = _output("git", "status", "--porcelain", "--", ".", *others)
     return f"{commit}, with uncommitted changes" if changed else commit
 
 
-def provenance(device: str, threads: int) -> dict[str, str]:
+def _gpu_facts() -> dict[str, str]:
+    properties = torch.cuda.get_device_properties(0)
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    return {
+        "GPU": properties.name,
+        "L2 cache": f"{properties.L2_cache_size / 2**20:g} MiB",
+        "driver": driver or "unknown",
+        "CUDA": str(torch.version.cuda),
+    }
+
+
+def _command() -> str:
+    script = Path(sys.argv[0]).resolve()
+    name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    return " ".join(["python", name, *sys.argv[1:]])
+
+
+def provenance(threads: int, device: str = "cpu") -> dict[str, str]:
     facts = collect_env.collect()
-    chosen = {"GPU": torch.cuda.get_device_name()} if device == "cuda" else {}
+    chosen = _gpu_facts() if device == "cuda" else {}
     chosen |= {
         "CPU": facts["CPU"],
         "CPU kernels": facts.get("CPU kernels", "unknown"),
@@ -90,7 +130,7 @@ def provenance(device: str, threads: int) -> dict[str, str]:
         "built with": facts.get("built with compiler", "unknown"),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "command": " ".join(["python bench/bench.py", *sys.argv[1:]]),
+        "command": _command(),
     }
     return chosen
 

@@ -66,10 +66,10 @@ def make_losses(case: Case, inputs: Inputs) -> dict[str, Step]:
 
 
 def make_steps(case: Case, inputs: Inputs, losses: dict[str, Step]) -> dict[str, Step]:
-    if case.inference:
-        return {name: losses[name] for name in case.rivals}
     logits, weight = inputs.logits, inputs.weight
     detached = logits.detach()
+    if case.inference:
+        return {name: losses.get(name, detached.clone) for name in case.rivals}
 
     def differentiated(loss: Step) -> Step:
         return lambda: torch.autograd.grad(loss(), logits, weight)[0]

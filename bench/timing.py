@@ -12,6 +12,7 @@ MIN_BURST = 1e-3  # seconds of our calls timed at once, for which jitter no long
 MIN_ROUNDS, MAX_ROUNDS = 7, 61
 
 Key = TypeVar("Key", bound=Hashable)
+Step = Callable[[], object]
 
 
 class Timing(NamedTuple):
@@ -20,23 +21,22 @@ class Timing(NamedTuple):
     iqr: float  # interquartile range of the ratios of the single rounds
 
 
-def burst(step: Callable[[], object], calls: int, synchronize: Callable[[], None]) -> float:
+def burst(step: Step, calls: int) -> float:
     """Seconds of so many calls in a row."""
-    synchronize()
     start = time.perf_counter()
     for _ in range(calls):
         step()
-    synchronize()
     return time.perf_counter() - start
 
 
 def take_turns(
-    steps: dict[Key, Callable[[], object]],
+    steps: dict[Key, Step],
     baseline: Key,
     budget: float,
-    synchronize: Callable[[], None],
+    burst: Callable[[Step, int], float] = burst,
 ) -> dict[Key, Timing]:
-    """Times all steps in interleaved rounds for about ``budget`` seconds.
+    """Times all steps in interleaved rounds for about ``budget`` seconds; ``burst`` is what times
+    so many calls of a step.
 
     Each round times a burst of the same number of calls of each; the order changes from round to
     round, so that none always follows the same other.
@@ -44,17 +44,19 @@ def take_turns(
     for step in steps.values():
         step()
     calls = 1
-    while burst(steps[baseline], calls, synchronize) < MIN_BURST:
+    while burst(steps[baseline], calls) < MIN_BURST:
         calls *= 2
     keys = list(steps)
 
     def time_round(order: list[Key]) -> dict[Key, float]:
-        return {key: burst(steps[key], calls, synchronize) / calls for key in order}
+        return {key: burst(steps[key], calls) / calls for key in order}
 
     gc.collect()
     gc.disable()
     try:
-        round_seconds = calls * sum(time_round(keys).values())  # the warm-up
+        start = time.perf_counter()
+        time_round(keys)  # the warm-up
+        round_seconds = time.perf_counter() - start
         num_rounds = min(max(int(budget / round_seconds), MIN_ROUNDS), MAX_ROUNDS)
         rounds = []
         for index in range(num_rounds):
