@@ -35,10 +35,10 @@ ON_PATH := PATH="$(BIN):$$PATH"
 
 SOURCES := setup.py pyproject.toml oe_ext/_build.py \
            $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-MARKERS := not packaging and not mutants and not nvcc and not scale
+MARKERS := not packaging and not cuda_build and not mutants and not nvcc and not scale
 
 .PHONY: demo test fuzz test-scale test-cpp test-sanitizers test-asan-python test-levels test-packaging \
-        test-mutants test-nvcc test-cuda bench bench-cuda instructions \
+        test-mutants test-nvcc test-jit-cuda test-torches test-compilers test-cuda bench bench-cuda instructions \
         ptx sass-report cuda-model lint format build dist test-pythons clean
 
 demo: $(BUILT)  ## train on real data, with and without Outlier Exposure
@@ -93,7 +93,29 @@ test-levels: $(BUILT)  ## the CPU tests at every capability below this processor
 	done
 
 test-packaging: $(BUILT) dist  ## what dist made, pip with and without isolation, JIT: minutes
-	$(PY) -m pytest -m packaging $(ARGS)
+	$(PY) -m pytest -m "packaging and not cuda_build" $(ARGS)
+
+test-jit-cuda: $(BUILT)  ## the JIT build with the CUDA kernels; TORCH= a CUDA build; needs nvcc
+	$(PY) -m pytest -m cuda_build $(ARGS)
+
+# Each with the CUDA kernels, where it is a CUDA build of nvcc's major version.
+TORCHES ?= 2.11.0 2.12.1 2.13.0 2.14.1 2.15.0
+test-torches:  ## make test with each of TORCHES: ten minutes and 8 GB each
+	for torch in $(TORCHES); do \
+	  $(MAKE) test TORCH=$$torch VENV=.venv-torch-$$torch || exit 1; \
+	done
+
+COMPILERS ?= g++-11 g++-12 g++-13 g++-14 g++-15 g++-16
+test-compilers: $(BUILT)  ## the kernels' tests with each of COMPILERS that is here: minutes each
+	for compiler in $(COMPILERS); do \
+	  if command -v $$compiler; then \
+	    rm -f build/built-for-* oe_ext/_C*.so && \
+	    $(ON_PATH) CXX=$$compiler $(PY) setup.py -q build_ext --inplace --build-temp build/temp-$$compiler && \
+	    $(PY) -c "import oe_ext; print(oe_ext._ext.module.build_info()['compiler'])" && \
+	    $(PY) -m pytest -q $(PARALLEL) -k "not simt" $(ARGS) \
+	      $(foreach name,values layouts edges autograd numerics stats unit_gradient cpu_kernels properties,tests/test_$(name).py) || exit 1; \
+	  fi; \
+	done
 
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
 test-pythons:  ## make test on each of PYTHONS that is here: minutes each
@@ -118,9 +140,8 @@ test-cuda: $(BUILT)
 	    $(PY) -m pytest -q tests/test_values.py -k "cuda and (row_counts or class_counts or tiles)" || exit 1; \
 	done
 
-bench-cuda: $(BUILT)  ## on a GPU: our loss against its rivals
-	$(PY) bench/bench.py --device cuda $(ARGS)
-	$(PY) bench/bench.py --device cuda --dtype bfloat16 $(ARGS)
+bench-cuda: $(BUILT)  ## on a GPU: our loss against its rivals; writes bench/results/cuda.*: minutes
+	$(PY) bench/cuda/speed.py $(ARGS)
 
 ptx: $(INSTALLED)  ## the CUDA kernels in PTX; needs nvcc
 	$(PY) bench/cuda/report.py ptx

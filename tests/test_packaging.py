@@ -251,5 +251,29 @@ def test_jit(checkout, tmp_path):
     assert before
 
 
+@pytest.mark.cuda_build
+def test_jit_with_cuda(checkout, tmp_path):
+    """No GPU is needed: every operator gets its CUDA kernel."""
+    code = CHECK + (
+        "names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith('oe_ext::')]\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "print('kernels', sum(has(name, 'CUDA') for name in names), 'of', len(names))\n"
+        "print('cuda', oe_ext._ext.module.build_info())\n"
+    )
+    environment = programs.jit_environment(checkout, tmp_path / "cache", FORCE_CUDA="1")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=checkout.parent,
+        env=environment | {"TORCH_CUDA_ARCH_LIST": "8.0"},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "loss 1.039720" in done.stdout
+    assert "kernels 5 of 5" in done.stdout
+    assert "'cuda_arch_list': '8.0'" in done.stdout
+
+
 def ninja_log(folder: Path) -> list[str]:
     return (folder / ".ninja_log").read_text().splitlines()

@@ -59,9 +59,10 @@ def find_nvcc() -> str | None:
 
 
 def find_cuobjdump() -> Path | None:
-    """From the PyPI package, beside nvdisasm, which it calls."""
-    for folder in map(Path, sys.path):
-        path = folder / "nvidia" / "cu13" / "bin" / "cuobjdump"
+    """Of the PyPI package or of the toolkit, beside nvdisasm, which it calls."""
+    folders = [Path(folder) / "nvidia" / "cu13" / "bin" for folder in sys.path]
+    folders.append(Path(find_nvcc() or "").parent)
+    for path in (folder / "cuobjdump" for folder in folders):
         if path.exists() and path.with_name("nvdisasm").exists():
             return path
     return None
