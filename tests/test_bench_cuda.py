@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import optional
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +100,7 @@ def test_the_cases_are_the_goals_and_more():
 
 def test_a_rehearsal(tmp_path, monkeypatch):
     """Pixels and rows, with the kernels of others in the places of Liger's and quack's."""
+    optional.require("pytorch_ood")
 
     def wrong(logits, classes):
         return 1.1 * F.cross_entropy(logits, classes)
