@@ -21,7 +21,7 @@ else ifeq ($(ENV),current)
 PY := $(shell command -v $(PYTHON) 2> /dev/null)
 BUILT := build/built-for-current-torch-$(shell $(PY) -c "import torch; print(torch.__version__)")
 INSTALLED := build/checked-current
-PARALLEL := $(shell $(PY) -c "import xdist" 2> /dev/null && echo -n $(JOBS) --dist worksteal)
+PARALLEL := $(shell $(PY) -c "import xdist" 2> /dev/null && echo ' -n $(JOBS) --dist worksteal')
 CUDA_TOOLS :=
 RELEASE_TOOLS :=
 apt_install = test -f $(1) || { echo "ENV=current installs nothing, and $(2) is missing"; exit 1; }
