@@ -109,13 +109,14 @@ if __name__ == "__main__":
 def run_child(tmp_path: Path, method: str, threads: int, timeout: int) -> str:
     script = tmp_path / "script.py"
     script.write_text(IN_A_CHILD.format(method=method, threads=threads, timeout=timeout))
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, script],
         capture_output=True,
         text=True,
         check=False,
         timeout=2 * TIMEOUT,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
