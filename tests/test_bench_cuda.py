@@ -100,7 +100,7 @@ def test_the_cases_are_the_goals_and_more():
 
 def test_a_rehearsal(tmp_path, monkeypatch):
     """Pixels and rows, with the kernels of others in the places of Liger's and quack's."""
-    optional.require("pytorch_ood")
+    optional.pytorch_ood_class()
 
     def wrong(logits, classes):
         return 1.1 * F.cross_entropy(logits, classes)
