@@ -39,8 +39,9 @@ SOURCES := setup.py pyproject.toml oe_ext/_build.py \
 MARKERS := not packaging and not cuda_build and not mutants and not nvcc and not scale
 
 .PHONY: demo test fuzz test-scale test-cpp test-sanitizers test-asan-python test-levels test-packaging \
-        test-mutants test-nvcc test-jit-cuda test-torches test-compilers test-cuda bench bench-cuda instructions \
-        ptx sass-report cuda-model lint format build dist test-pythons clean
+        test-mutants test-nvcc test-jit-cuda test-torches test-compilers test-cuda \
+        bench bench-cuda instructions ptx sass-report cuda-model lint format build dist \
+        test-pythons clean
 
 demo: $(BUILT)  ## train on real data, with and without Outlier Exposure
 	$(PY) examples/train_digits.py $(ARGS)

@@ -4,6 +4,12 @@ import os
 from pathlib import Path
 
 
+def python_path(*folders: Path) -> str:
+    """A PYTHONPATH: these folders, then where this process was told to look."""
+    parts = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(filter(None, parts))
+
+
 def environment(path: Path, **variables: str) -> dict[str, str]:
     """This process's, without oe_ext's switches; Python looks in ``path`` first."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("OE_EXT_")}

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import simt_cases
 import simt_device
@@ -112,8 +113,7 @@ def test_the_launcher_knows_the_launch_bounds():
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": programs.python_path(Path(__file__).parent)}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from inputs import make_logits, make_target
@@ -109,14 +110,13 @@ if __name__ == "__main__":
 def run_child(tmp_path: Path, method: str, threads: int, timeout: int) -> str:
     script = tmp_path / "script.py"
     script.write_text(IN_A_CHILD.format(method=method, threads=threads, timeout=timeout))
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, script],
         capture_output=True,
         text=True,
         check=False,
         timeout=2 * TIMEOUT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, "PYTHONPATH": programs.python_path(Path(__file__).parent)},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

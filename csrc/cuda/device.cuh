@@ -18,7 +18,7 @@ constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kVectorBytes = 16;
 
 // The second launch bound: one block fits a multiprocessor. Without it nvcc spills registers to fit
-// two, up to 200 bytes a thread.
+// two, up to 288 bytes a thread.
 constexpr int kMinBlocks = 1;
 
 // Elements of one 16-byte load.
