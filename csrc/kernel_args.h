@@ -132,16 +132,15 @@ struct ForwardArgs {
   // count. `stats` need not be filled where the row is not active.
   C10_HOST_DEVICE acc_t write_row(int64_t row, int64_t label, RowKind kind,
                                   const RowStats<acc_t>& stats) const {
-    const acc_t weight = row_weight(kind, alpha, row);
     const bool active = is_active(row, kind);
-    acc_t cross_entropy = 0;
+    acc_t label_shifted = 0;
     if (active && kind == RowKind::kInlier) {
       const int64_t at_label = layout.row_offset(row) + layout.class_offset(label);
-      cross_entropy = inlier_cross_entropy(stats, static_cast<acc_t>(logits[at_label]));
-    } else if (active && kind == RowKind::kOutlier) {
-      cross_entropy = outlier_cross_entropy(stats);
+      label_shifted = static_cast<acc_t>(logits[at_label]) - stats.max;
     }
-    const acc_t loss = weight != acc_t(0) ? weight * cross_entropy : acc_t(0);
+    const auto [cross_entropy, loss] =
+        RowLoss<acc_t>::of_row(active, kind == RowKind::kOutlier, row_weight(kind, alpha, row),
+                               stats.log_sum(), label_shifted, stats.sum_shifted / stats.count);
     if (row_loss != nullptr) {
       row_loss[row] = loss;
     }
@@ -188,17 +187,21 @@ struct BackwardArgs {
   // Is there nothing left to do? Reads device memory.
   C10_HOST_DEVICE bool is_done() const { return has_unit_gradient && grad[0] == acc_t(1); }
 
-  C10_HOST_DEVICE RowGradient<acc_t> row_gradient(int64_t row, int64_t label, RowKind kind) const {
-    const acc_t weight = row_weight(kind, alpha, row);
-    if (weight == acc_t(0)) {
-      return RowGradient<acc_t>();
-    }
+  C10_HOST_DEVICE GroupCounts group_counts() const {
     GroupCounts group_counts;
     if (counts != nullptr) {
       group_counts.inliers = counts[0];
       group_counts.outliers = counts[1];
     }
-    const auto divisor = static_cast<acc_t>(reduction_divisor(reduction, kind, group_counts));
+    return group_counts;
+  }
+
+  C10_HOST_DEVICE RowGradient<acc_t> row_gradient(int64_t row, int64_t label, RowKind kind) const {
+    const acc_t weight = row_weight(kind, alpha, row);
+    if (weight == acc_t(0)) {
+      return RowGradient<acc_t>();
+    }
+    const auto divisor = static_cast<acc_t>(reduction_divisor(reduction, kind, group_counts()));
     return RowGradient<acc_t>::of_row(row_max[row], row_sum_exp[row], weight * grad[row] / divisor,
                                       kind, label, layout.num_classes);
   }

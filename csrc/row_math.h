@@ -14,8 +14,23 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 namespace oe_ext {
+
+// a or b, both of which are evaluated. On the host by their bits: compilers move what only one side
+// of a ?: needs into a branch, and then cannot vectorise the loop around it.
+template <typename T>
+C10_HOST_DEVICE T select(bool condition, T a, T b) {
+#if defined(__CUDA_ARCH__)
+  return condition ? a : b;
+#else
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  const Bits mask = condition ? ~Bits(0) : Bits(0);
+  return __builtin_bit_cast(
+      T, (__builtin_bit_cast(Bits, a) & mask) | (__builtin_bit_cast(Bits, b) & ~mask));
+#endif
+}
 
 enum class Reduction : int8_t { kNone, kSum, kMean, kGroupMean };
 
@@ -23,27 +38,31 @@ enum class RowKind : int8_t { kInlier, kOutlier, kIgnored, kInvalid };
 
 // What a label means. ignore_index is looked at first; ood_index replaces "negative" as the mark of
 // an outlier.
-struct LabelRule {
-  int64_t num_classes = 0;
-  int64_t ignore_index = 0;
-  int64_t ood_index = 0;
+template <typename label_t>
+struct LabelRuleOf {
+  label_t num_classes = 0;
+  label_t ignore_index = 0;
+  label_t ood_index = 0;
   bool has_ignore_index = false;
   bool has_ood_index = false;
 
   // Without branches, so that loops over labels can be vectorised.
-  C10_HOST_DEVICE bool is_ignored(int64_t label) const {
+  C10_HOST_DEVICE bool is_ignored(label_t label) const {
     return has_ignore_index & (label == ignore_index);
   }
-  C10_HOST_DEVICE bool is_outlier(int64_t label) const {
+  C10_HOST_DEVICE bool is_outlier(label_t label) const {
     const bool marked = (has_ood_index & (label == ood_index)) | (!has_ood_index & (label < 0));
-    return marked & !is_ignored(label);
+    const bool ignored = is_ignored(label);
+    return marked & !ignored;
   }
-  C10_HOST_DEVICE bool is_inlier(int64_t label) const {
+  C10_HOST_DEVICE bool is_inlier(label_t label) const {
     const bool is_class = (label >= 0) & (label < num_classes);
-    return is_class & !is_outlier(label) & !is_ignored(label);
+    const bool outlier = is_outlier(label);
+    const bool ignored = is_ignored(label);
+    return is_class & !outlier & !ignored;
   }
 
-  C10_HOST_DEVICE RowKind kind(int64_t label) const {
+  C10_HOST_DEVICE RowKind kind(label_t label) const {
     if (is_ignored(label)) {
       return RowKind::kIgnored;
     }
@@ -53,6 +72,7 @@ struct LabelRule {
     return is_inlier(label) ? RowKind::kInlier : RowKind::kInvalid;
   }
 };
+using LabelRule = LabelRuleOf<int64_t>;
 
 // Terms that are summed one after another before they join other such sums. The error of a sum
 // grows with the length of its longest chain of additions.
@@ -134,23 +154,43 @@ struct RowStats {
   }
 };
 
-// logsumexp(x) - x[label]
+// What a row's outputs are, from its statistics: for loops over rows, hence without branches and
+// with the logarithm as an argument.
 template <typename acc_t>
-C10_HOST_DEVICE acc_t inlier_cross_entropy(const RowStats<acc_t>& stats, acc_t logit_at_label) {
-  return stats.log_sum() - (logit_at_label - stats.max);
-}
+struct RowLoss {
+  acc_t cross_entropy;  // 0 where the row is not active
+  acc_t loss;           // weighted
 
-// logsumexp(x) - mean(x)
-template <typename acc_t>
-C10_HOST_DEVICE acc_t outlier_cross_entropy(const RowStats<acc_t>& stats) {
-  return stats.log_sum() - stats.sum_shifted / stats.count;
-}
+  // `active`: the cross-entropy is wanted, as a weight other than 0 always wants it. `at_label` is
+  // read in an inlier row, sum_shifted in an outlier row.
+  C10_HOST_DEVICE static RowLoss of_row(bool active, bool outlier, acc_t weight, acc_t log_sum,
+                                        acc_t label_shifted, acc_t mean_shifted) {
+    const acc_t cross_entropy =
+        select(active, log_sum - select(outlier, mean_shifted, label_shifted), acc_t(0));
+    return {cross_entropy, select(weight != acc_t(0), weight * cross_entropy, acc_t(0))};
+  }
+};
 
 // d loss / d x of one logit, from exp(x - max) and 1 / sum of exp(x - max).
 template <typename acc_t>
 C10_HOST_DEVICE acc_t logit_gradient(acc_t exp_shifted, acc_t inverse_sum, acc_t q, acc_t scale) {
   return scale * (exp_shifted * inverse_sum - q);
 }
+
+// The same in two coefficients for the whole row: exp_shifted * factor - offset, and at the label
+// of an inlier, whose q is 1, (exp_shifted - sum_exp) * factor. Both are 0 in a row without a
+// weight.
+template <typename acc_t>
+struct GradientCoefficients {
+  acc_t factor;
+  acc_t offset;
+
+  C10_HOST_DEVICE static GradientCoefficients of_row(acc_t weight, bool outlier, acc_t sum_exp,
+                                                     acc_t scale, acc_t num_classes) {
+    return {select(weight != acc_t(0), scale / sum_exp, acc_t(0)),
+            select(outlier & (weight != acc_t(0)), scale / num_classes, acc_t(0))};
+  }
+};
 
 // The gradient of one row: scale * (softmax(x) - q). An inactive row has a weight of zero: its
 // logits do not count, whatever they are. The softmax is a quotient and not the exponential of a

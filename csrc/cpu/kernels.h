@@ -5,19 +5,27 @@
 // They are compiled once for each instruction set (kernels_*.cpp); launch_cpu.cpp chooses.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+
 #include "../kernel_args.h"
 
 namespace oe_ext::cpu {
 
 constexpr int64_t kMaxTileRows = 256;
-// Rows of a tile are a multiple of this, the lanes of the widest vector, but for the last ones.
+// Rows of a tile are a multiple of this, the lanes of the widest vector, with some that do not
+// count behind the last ones.
 constexpr int64_t kTileRowsStep = 16;
 // What a tile of few classes, or of pixels, keeps in cache.
 constexpr int64_t kScratchBytes = 256 * 1024;
 // Of contiguous rows, from this many classes on, each is walked by itself.
 constexpr int64_t kMinLongRow = 64;
-// So many rows as have this many logits; their gradients stay in cache between two walks.
+// Long rows of one tile have this many logits; their gradients stay in cache between two walks.
 constexpr int64_t kLongRowTile = 32768;
+// Of a long row, so many logits are summed up before their sum joins others in double.
+constexpr int64_t kRowBlock = 1024;
 
 // How rows are cut into tiles, and the classes of a tile into chunks that fit its scratch memory.
 struct Tiling {
@@ -47,8 +55,12 @@ struct Tiling {
     const int64_t rest = num_inner - tile % tiles_per_outer * tile_rows;
     return rest < tile_rows ? rest : tile_rows;
   }
-  // Elements of the arithmetic's type that a tile needs to work with.
-  int64_t scratch_size() const { return tile_rows * chunk_classes; }
+  // Elements of the arithmetic's type that a tile needs to work with: its classes, the classes that
+  // squares of eight have beyond them, or a block of a row that does not fit.
+  int64_t scratch_size() const {
+    return long_rows ? std::max(tile_rows * chunk_classes, kRowBlock)
+                     : tile_rows * (chunk_classes + 8);
+  }
 
   int64_t num_inner;
   int64_t num_outer;

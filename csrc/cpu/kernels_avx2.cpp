@@ -1,5 +1,5 @@
 // The kernels with AVX2, FMA and F16C.
-#include "levels.h"
+#include "baseline.h"
 
 #if defined(__x86_64__)
 
@@ -10,16 +10,17 @@
 #pragma GCC target("avx,avx2,fma,f16c")
 #endif
 
-#define OE_EXT_AVX2 1
+#define OE_EXT_FMA 1
+#define OE_EXT_F16C 1
 
 namespace oe_ext::cpu {
-constexpr int kVectorBytes = 32;
+constexpr int kSquareBytes = 32;
 }
 
 #include "tile_kernels.h"
 
 namespace oe_ext::cpu {
-const Kernels kKernelsAvx2 = make_kernels();
+constinit const Kernels kKernelsAvx2 = make_kernels();
 }
 
 #if defined(__clang__)

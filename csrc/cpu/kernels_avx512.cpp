@@ -1,5 +1,5 @@
 // The kernels with AVX-512 (F, BW, DQ, VL).
-#include "levels.h"
+#include "baseline.h"
 
 #if defined(__x86_64__)
 
@@ -12,16 +12,17 @@
 #pragma GCC target("avx,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 
-#define OE_EXT_AVX512 1
+#define OE_EXT_FMA 1
+#define OE_EXT_F16C 1
 
 namespace oe_ext::cpu {
-constexpr int kVectorBytes = 64;
+constexpr int kSquareBytes = 32;
 }
 
 #include "tile_kernels.h"
 
 namespace oe_ext::cpu {
-const Kernels kKernelsAvx512 = make_kernels();
+constinit const Kernels kKernelsAvx512 = make_kernels();
 }
 
 #if defined(__clang__)

@@ -1,275 +1,323 @@
-// The kernels of one tile, for the instruction set of the file that includes this.
+// The kernels of one tile, for the instruction set of the file that includes this. Which runs:
 //
-// Contiguous rows of many classes are walked one by one, along the classes ("long rows"). All
-// others are walked along the rows. The forward reads pixels where they stand; whatever else comes
-// (channels_last, few classes, any strides), and all that the backward reads, is laid out in
-// scratch memory as [class][row] first, in the type of the arithmetic. Either way a tile is read
-// from memory once, and its exponentials are computed once: they wait in cache for the sum that
-// they are divided by. Only classes that do not fit (chunk_classes) are read again.
+//   logits and gradient                       | kernel             | memory is read
+//   contiguous rows of kMinLongRow or more    | *_long_rows        | in place, row by row
+//   any other, all classes fit in scratch     | *_in_scratch       | once, into scratch
+//   any other, more classes                   | *_in_chunks        | three times, chunk by chunk
+//
+// [class][row] in scratch comes from pixels by copies, from contiguous rows (channels_last, too) by
+// squares, from other strides one by one. A kernel is the same for each dtype: double is computed
+// in double, float, Half and BFloat16 in float, to which the last two are widened on the way in.
 #pragma once
 
-#include "along_classes.h"
-#include "along_rows.h"
+#include "long_rows.h"
+#include "tile_rows.h"
 
 namespace oe_ext::cpu {
 namespace {
 
-template <typename acc_t>
-void begin_tile(const Tiling& tiling, int64_t tile, TileRows<acc_t>& rows) {
-  rows.first = tiling.begin(tile);
-  rows.size = tiling.size(tile);
-  rows.padded = round_up<acc_t>(rows.size);
-}
-
-template <typename acc_t>
-void clear_maxima(TileRows<acc_t>& rows) {
-  for (int64_t i = 0; i < rows.padded; ++i) {
-    rows.max[i] = std::numeric_limits<acc_t>::lowest();
-    rows.at_label[i] = 0;
-  }
-}
-
-template <typename acc_t>
-void clear_sums(TileRows<acc_t>& rows) {
-  for (int64_t i = 0; i < rows.padded; ++i) {
-    rows.sum_exp[i] = 0;
-    rows.sum_shifted[i] = 0;
-  }
-}
-
-// Are the logits of a row to be looked at? Those of others may hold anything.
+// From the statistics of a tile's rows: all that the forward writes for each, the losses' sums, and
+// the coefficients of the gradients. GroupSums as ForwardArgs::write_row and row_gradient.
 template <typename scalar_t, typename acc_t>
-bool reads_row(const ForwardArgs<scalar_t, acc_t>& args, const TileRows<acc_t>& rows, int64_t i) {
-  return rows.label[i] >= 0 ||
-         (rows.label[i] == kOutlierLane && args.is_active(rows.first + i, RowKind::kOutlier));
+void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
+                 TileRows<acc_t>& rows, GroupSums& sums) {
+  alignas(64) acc_t loss[kMaxTileRows];
+  alignas(64) acc_t cross_entropy[kMaxTileRows];
+  const auto num_classes = static_cast<acc_t>(args.layout.num_classes);
+  const auto divisor = [&](RowKind kind) {
+    return static_cast<acc_t>(reduction_divisor(args.reduction, kind, counts));
+  };
+  const acc_t inlier_divisor = divisor(RowKind::kInlier);
+  const acc_t outlier_divisor = divisor(RowKind::kOutlier);
+#pragma omp simd
+  for (int64_t i = 0; i < rows.padded; ++i) {
+    const bool outlier = rows.label[i] == kOutlier;
+    const acc_t weight = rows.weight[i];
+    const auto row_loss =
+        RowLoss<acc_t>::of_row(rows.active[i] != acc_t(0), outlier, weight, log_of(rows.sum_exp[i]),
+                               rows.at_label[i] - rows.max[i], rows.sum_shifted[i] / num_classes);
+    loss[i] = row_loss.loss;
+    cross_entropy[i] = row_loss.cross_entropy;
+    const acc_t scale = weight / select(outlier, outlier_divisor, inlier_divisor);
+    const auto gradient =
+        GradientCoefficients<acc_t>::of_row(weight, outlier, rows.sum_exp[i], scale, num_classes);
+    rows.factor[i] = gradient.factor;
+    rows.offset[i] = gradient.offset;
+  }
+
+  double inliers = 0;
+  double outliers = 0;
+#pragma omp simd reduction(+ : inliers, outliers)
+  for (int64_t i = 0; i < rows.size; ++i) {
+    inliers += static_cast<double>(select(rows.label[i] >= 0, loss[i], acc_t(0)));
+    outliers += static_cast<double>(select(rows.label[i] >= 0, acc_t(0), loss[i]));
+  }
+  sums.inliers = inliers;
+  sums.outliers = outliers;
+
+  if (args.row_loss != nullptr) {
+    std::copy_n(loss, rows.size, args.row_loss + rows.first);
+  }
+  if (args.row_cross_entropy != nullptr) {
+    std::copy_n(cross_entropy, rows.size, args.row_cross_entropy + rows.first);
+  }
+  if (args.row_max != nullptr) {
+    acc_t* max = args.row_max + rows.first;
+    acc_t* sum_exp = args.row_sum_exp + rows.first;
+#pragma omp simd
+    for (int64_t i = 0; i < rows.size; ++i) {
+      max[i] = select(rows.active[i] != acc_t(0), rows.max[i], acc_t(0));
+      sum_exp[i] = select(rows.active[i] != acc_t(0), rows.sum_exp[i], acc_t(0));
+    }
+  }
 }
 
-// Of a group of long rows that stays in the nearest cache.
-constexpr int64_t kLogitsOfGroup = 4096;
-
-template <bool kKeepExp, typename scalar_t, typename acc_t>
-void add_row(const scalar_t* logits, int64_t num_classes, acc_t* exps, Ahead<scalar_t, acc_t> ahead,
-             int64_t i, TileRows<acc_t>& rows) {
-  RowSums<kKeepExp, scalar_t, acc_t> sums(logits, num_classes, rows.max[i], exps, ahead);
-  sums.add_all();
-  rows.sum_exp[i] = sums.sum_exp();
-  rows.sum_shifted[i] = sums.sum_shifted();
-}
-
-// The gradient of a long row's logit at its label.
 template <typename acc_t>
-acc_t gradient_at_label(acc_t logit, int64_t i, const TileRows<acc_t>& rows) {
-  const Vec<acc_t> exp_shifted = exp(Vec<acc_t>(logit - rows.max[i]));
-  return logit_gradient(exp_shifted.raw[0], rows.inverse_sum[i], acc_t(1), rows.scale[i]);
+void clear_statistics(TileRows<acc_t>& rows) {
+  std::fill_n(rows.max, rows.padded, std::numeric_limits<acc_t>::lowest());
+  std::fill_n(rows.sum_exp, rows.padded, acc_t(0));
+  std::fill_n(rows.sum_shifted, rows.padded, acc_t(0));
+  std::fill_n(rows.at_label, rows.padded, acc_t(0));
 }
+
+// ---- Logits as [class][row] in scratch
+
+// Loads a tile, without the logits that are not to be looked at.
+template <typename scalar_t, typename acc_t>
+void load_active(const TileView<const scalar_t>& logits, const TileRows<acc_t>& rows,
+                 const Tile<acc_t>& tile) {
+  load_tile(logits, rows, tile);
+  if (!rows.all_active) {
+    clear_rows(tile, rows.padded, rows.active);
+  }
+}
+
+// The gradients of a tile's exponentials, of classes from first_class on.
+template <typename scalar_t, typename acc_t>
+void finish_gradients(const Tile<acc_t>& tile, int64_t first_class, const TileRows<acc_t>& rows,
+                      bool may_lack_weight, const TileView<scalar_t>& grad) {
+  subtract_sums_at_labels(tile, first_class, rows);
+  if (may_lack_weight) {
+    clear_rows(tile, rows.padded, rows.weight);
+  }
+  store_gradients(tile, rows, grad.from_class(first_class));
+}
+
+template <typename scalar_t, typename acc_t>
+void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
+                        GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows,
+                        GroupSums& sums) {
+  const int64_t num_classes = args.layout.num_classes;
+  const Tile<acc_t> tile{scratch, tiling.tile_rows, num_classes};
+  load_active(TileView<const scalar_t>(args.logits, args.layout, rows.first), rows, tile);
+  raise_maxima(tile, rows);
+  find_logits_at_labels(tile, 0, rows);
+  if (num_classes <= kSumClasses) {
+    add_exponentials(tile, rows, nullptr);
+  } else {
+    WideSums wide;
+    add_exponentials(tile, rows, &wide);
+  }
+  finish_rows(args, counts, rows, sums);
+  if (args.grad_logits != nullptr) {
+    finish_gradients(tile, 0, rows, args.row_cross_entropy != nullptr,
+                     TileView<scalar_t>(args.grad_logits, args.grad_layout, rows.first));
+  }
+}
+
+// Calls use(tile, first_class) for so many classes as fit in scratch at once.
+template <typename scalar_t, typename acc_t, typename Use>
+void for_each_chunk(const scalar_t* logits, const RowLayout& layout, const Tiling& tiling,
+                    acc_t* scratch, const TileRows<acc_t>& rows, const Use& use) {
+  const TileView<const scalar_t> view(logits, layout, rows.first);
+  for (int64_t cls = 0; cls < layout.num_classes; cls += tiling.chunk_classes) {
+    const int64_t size = std::min(tiling.chunk_classes, layout.num_classes - cls);
+    const Tile<acc_t> tile{scratch, tiling.tile_rows, size};
+    load_active(view.from_class(cls), rows, tile);
+    use(tile, cls);
+  }
+}
+
+// The gradients of a tile, from its statistics.
+template <typename scalar_t, typename acc_t>
+void write_gradients_in_chunks(const scalar_t* logits, const RowLayout& layout, scalar_t* grad,
+                               const RowLayout& grad_layout, const Tiling& tiling,
+                               bool may_lack_weight, acc_t* scratch, TileRows<acc_t>& rows) {
+  const TileView<scalar_t> to(grad, grad_layout, rows.first);
+  alignas(64) acc_t sum_exp[kMaxTileRows];
+  std::copy_n(rows.sum_exp, rows.padded, sum_exp);
+  for_each_chunk(logits, layout, tiling, scratch, rows, [&](const auto& tile, int64_t cls) {
+    add_exponentials(tile, rows, nullptr);
+    std::copy_n(sum_exp, rows.padded, rows.sum_exp);
+    finish_gradients(tile, cls, rows, may_lack_weight, to);
+  });
+}
+
+template <typename scalar_t, typename acc_t>
+void forward_in_chunks(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
+                       GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows, GroupSums& sums) {
+  for_each_chunk(args.logits, args.layout, tiling, scratch, rows,
+                 [&](const auto& tile, int64_t cls) {
+                   raise_maxima(tile, rows);
+                   find_logits_at_labels(tile, cls, rows);
+                 });
+  WideSums wide;
+  for_each_chunk(args.logits, args.layout, tiling, scratch, rows,
+                 [&](const auto& tile, int64_t) { add_exponentials(tile, rows, &wide); });
+  finish_rows(args, counts, rows, sums);
+  if (args.grad_logits != nullptr) {
+    write_gradients_in_chunks(args.logits, args.layout, args.grad_logits, args.grad_layout, tiling,
+                              args.row_cross_entropy != nullptr, scratch, rows);
+  }
+}
+
+// ---- Long rows
+
+// Logits of rows that stay in the nearest cache from their maximum to their exponentials. Meanwhile
+// the processor has other rows to work on.
+constexpr int64_t kLogitsOfGroup = 4096;
 
 template <typename scalar_t, typename acc_t>
 void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                        GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows, GroupSums& sums) {
+  constexpr bool kWidens = !std::is_same_v<scalar_t, acc_t>;
   const int64_t num_classes = args.layout.num_classes;
   const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
-  // The exponentials wait where the gradients will be, if that has their type, or in scratch.
-  acc_t* exps = nullptr;
+  const int64_t grad_stride = args.grad_layout.inner_stride;
+  scalar_t* const grad = args.grad_logits != nullptr
+                             ? args.grad_logits + args.grad_layout.row_offset(rows.first)
+                             : nullptr;
+  const auto label = [&](int64_t i) {
+    return rows.label[i] >= 0 ? args.labels[rows.first + i] : int64_t(-1);
+  };
+  // Exponentials wait where the gradients will be, if that has their type, or in scratch memory, if
+  // they fit. Else they are computed twice.
+  acc_t* exps = kWidens && tiling.chunk_classes > 0 ? scratch : nullptr;
   int64_t exps_stride = num_classes;
-  if (args.grad_logits != nullptr) {
-    if constexpr (std::is_same_v<scalar_t, acc_t>) {
-      exps = args.grad_logits + args.grad_layout.row_offset(rows.first);
-      exps_stride = args.grad_layout.inner_stride;
-    } else if (tiling.chunk_classes > 0) {
-      exps = scratch;
-    }
+  if constexpr (!kWidens) {
+    exps = grad;
+    exps_stride = grad_stride;
   }
-  // The maximum of a row, which its exponentials wait for, is found while others are worked on.
+  const auto place = [&](int64_t i, int64_t begin) {
+    return exps != nullptr ? exps + i * exps_stride + begin : scratch;
+  };
+
   const int64_t group = std::max<int64_t>(1, kLogitsOfGroup / num_classes);
-  for (int64_t begin = 0; begin < rows.size; begin += group) {
-    const int64_t end = std::min(begin + group, rows.size);
-    for (int64_t i = begin; i < end; ++i) {
-      if (reads_row(args, rows, i)) {
-        rows.max[i] = max_of_row<scalar_t, acc_t>(logits.data + i * logits.row_stride, num_classes);
-      }
-    }
-    for (int64_t i = begin; i < end; ++i) {
-      if (!reads_row(args, rows, i)) {
+  for (int64_t first = 0; first < rows.size; first += group) {
+    const int64_t end = std::min(first + group, rows.size);
+    for (int64_t i = first; i < end; ++i) {
+      if (rows.active[i] == acc_t(0)) {
         continue;
       }
       const scalar_t* row = logits.data + i * logits.row_stride;
-      // The next group's maxima wait for logits, the next row's exponentials for a place.
-      const int64_t in_next_group = std::min(i + group, rows.size - 1);
-      Ahead<scalar_t, acc_t> ahead{logits.data + in_next_group * logits.row_stride, nullptr};
-      if (exps != nullptr) {
-        ahead.exps = exps + std::min(i + 1, rows.size - 1) * exps_stride;
-        add_row<true>(row, num_classes, exps + i * exps_stride, ahead, i, rows);
-      } else {
-        add_row<false>(row, num_classes, exps, ahead, i, rows);
+      for_each_block(num_classes, [&](int64_t begin, int64_t size) {
+        const acc_t* x = widened(row + begin, size, place(i, begin));
+        rows.max[i] = std::max(rows.max[i], max_of(x, size));
+      });
+    }
+    for (int64_t i = first; i < end; ++i) {
+      if (rows.active[i] == acc_t(0)) {
+        continue;
       }
-      if (rows.label[i] >= 0) {
-        rows.at_label[i] = static_cast<acc_t>(row[args.labels[rows.first + i]]);
-      }
+      const scalar_t* row = logits.data + i * logits.row_stride;
+      double sum_exp = 0;
+      double sum_shifted = 0;
+      for_each_block(num_classes, [&](int64_t begin, int64_t size) {
+        const bool is_widened = kWidens && exps != nullptr;
+        const acc_t* x = is_widened ? place(i, begin) : widened(row + begin, size, scratch);
+        if (rows.label[i] == kOutlier) {
+          sum_shifted += sum_of(x, size, rows.max[i]);
+        }
+        exponentials(x, size, rows.max[i], place(i, begin));
+        sum_exp += sum_of(place(i, begin), size, acc_t(0));
+      });
+      rows.sum_exp[i] = static_cast<acc_t>(sum_exp);
+      rows.sum_shifted[i] = static_cast<acc_t>(sum_shifted);
+      rows.at_label[i] = label(i) >= 0 ? static_cast<acc_t>(row[label(i)]) : acc_t(0);
     }
   }
   finish_rows(args, counts, rows, sums);
-  if (args.grad_logits == nullptr) {
-    return;
-  }
-  const TileView<scalar_t> grad(args.grad_logits, args.grad_layout, rows.first);
-  for (int64_t i = 0; i < rows.size; ++i) {
-    scalar_t* row = grad.data + i * grad.row_stride;
-    if (exps != nullptr) {
-      write_row_gradient<true>(exps + i * exps_stride, row, num_classes, i, rows);
+  for (int64_t i = 0; grad != nullptr && i < rows.size; ++i) {
+    const scalar_t* row = logits.data + i * logits.row_stride;
+    scalar_t* to = grad + i * grad_stride;
+    if (rows.weight[i] == acc_t(0)) {
+      std::fill_n(to, num_classes, scalar_t(0));
+    } else if (exps == nullptr) {
+      write_row_gradient(row, to, num_classes, label(i), rows.max[i], rows.sum_exp[i],
+                         rows.factor[i], rows.offset[i], scratch);
     } else {
-      write_row_gradient<false>(logits.data + i * logits.row_stride, row, num_classes, i, rows);
+      if (label(i) >= 0) {
+        *place(i, label(i)) -= rows.sum_exp[i];
+      }
+      write_gradients(place(i, 0), num_classes, rows.factor[i], rows.offset[i], place(i, 0), to);
     }
-    if (rows.label[i] >= 0) {
-      row[args.labels[rows.first + i]] =
-          static_cast<scalar_t>(gradient_at_label(rows.at_label[i], i, rows));
-    }
   }
 }
 
-// More classes than this are read from memory for as many rows as a tile has, one class after
-// another, before a block of rows goes through all of them in cache.
-constexpr int64_t kMaxClassesOfBlock = 32;
-
-// Logits [class][row], of a tensor or in scratch, all classes at once.
-template <typename source_t, typename scalar_t, typename acc_t>
-void forward_all_classes(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
-                         Planes<source_t> logits, acc_t* scratch, TileRows<acc_t>& rows,
-                         GroupSums& sums) {
-  const int64_t num_classes = args.layout.num_classes;
-  const bool maxima_first = num_classes > kMaxClassesOfBlock;
-  if (maxima_first) {
-    clear_maxima(rows);
-    RaiseMaxima<source_t, acc_t> raise{rows, logits, 0, num_classes};
-    for_each_block<acc_t>(rows.padded, raise);
-  }
-  RowFinisher<scalar_t, acc_t> finisher(args, counts, rows);
-  if (args.grad_logits == nullptr) {
-    WalkAll<GradientTo::kNowhere, source_t, scalar_t, acc_t> walk{rows,         logits, num_classes,
-                                                                  maxima_first, {},     finisher};
-    for_each_block<acc_t>(rows.padded, walk);
-  } else {
-    const GradientPlanes<scalar_t, acc_t> gradients{
-        scratch, rows.padded, TileView<scalar_t>(args.grad_logits, args.grad_layout, rows.first)};
-    walk_to_tensor(rows, num_classes, gradients,
-                   WalkAll<GradientTo::kPlanes, source_t, scalar_t, acc_t>{
-                       rows, logits, num_classes, maxima_first, gradients, finisher},
-                   WalkAll<GradientTo::kScratch, source_t, scalar_t, acc_t>{
-                       rows, logits, num_classes, maxima_first, gradients, finisher});
-  }
-  finisher.write_sums(sums);
-}
-
-// Logits of more classes than fit in scratch: as many as do are brought there, three times.
-template <typename scalar_t, typename acc_t>
-void forward_in_chunks(const ForwardArgs<scalar_t, acc_t>& args, int64_t chunk, GroupCounts counts,
-                       acc_t* scratch, TileRows<acc_t>& rows, GroupSums& sums) {
-  const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
-  const Planes<acc_t> planes{scratch, rows.padded};
-  const auto for_each_chunk = [&](const auto& use) {
-    for (int64_t cls = 0; cls < args.layout.num_classes; cls += chunk) {
-      const int64_t size = std::min(chunk, args.layout.num_classes - cls);
-      gather(logits.from_class(cls), size, rows, scratch);
-      use(cls, size);
-    }
-  };
-  clear_maxima(rows);
-  clear_sums(rows);
-  for_each_chunk([&](int64_t cls, int64_t size) {
-    RaiseMaxima<acc_t, acc_t> raise{rows, planes, cls, size};
-    for_each_block<acc_t>(rows.padded, raise);
-  });
-  for_each_chunk([&](int64_t, int64_t size) {
-    AddClasses<acc_t, acc_t> add{rows, planes, size};
-    for_each_block<acc_t>(rows.padded, add);
-  });
-  finish_rows(args, counts, rows, sums);
-  if (args.grad_logits == nullptr) {
-    return;
-  }
-  const TileView<scalar_t> grad(args.grad_logits, args.grad_layout, rows.first);
-  for_each_chunk(
-      [&](int64_t cls, int64_t size) { write_gradients(rows, scratch, cls, size, grad); });
-}
-
-template <typename scalar_t, typename acc_t>
-void forward_along_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
-                        GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows,
-                        GroupSums& sums) {
-  const int64_t num_classes = args.layout.num_classes;
-  if (tiling.chunk_classes < num_classes) {
-    forward_in_chunks(args, tiling.chunk_classes, counts, scratch, rows, sums);
-    return;
-  }
-  const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
-  if (logits.row_stride == 1 && rows.size == rows.padded) {
-    forward_all_classes(args, counts, Planes<scalar_t>{logits.data, logits.class_stride}, scratch,
-                        rows, sums);
-  } else {
-    gather(logits, num_classes, rows, scratch);
-    forward_all_classes(args, counts, Planes<acc_t>{scratch, rows.padded}, scratch, rows, sums);
-  }
-}
+// ---- The two directions
 
 template <typename scalar_t, typename acc_t>
 TaskResult forward_tile(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                         int64_t tile, GroupCounts counts, acc_t* scratch) {
-  TileRows<acc_t> rows;
-  begin_tile(tiling, tile, rows);
-  TaskResult result = read_labels(args.labels, rows);
+  TileRows<acc_t> rows(tiling, tile);
+  TaskResult result = read_labels(args, args.row_cross_entropy != nullptr, rows);
   if (result.bad_row >= 0) {
     return result;
   }
+  clear_statistics(rows);
   if (tiling.long_rows) {
-    clear_maxima(rows);
-    clear_sums(rows);
     forward_long_rows(args, tiling, counts, scratch, rows, result.sums);
+  } else if (tiling.chunk_classes < args.layout.num_classes) {
+    forward_in_chunks(args, tiling, counts, scratch, rows, result.sums);
   } else {
-    forward_along_rows(args, tiling, counts, scratch, rows, result.sums);
+    forward_in_scratch(args, tiling, counts, scratch, rows, result.sums);
   }
   return result;
 }
 
+// The gradient from the statistics that the forward left.
 template <typename scalar_t, typename acc_t>
 TaskResult backward_tile(const BackwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                          int64_t tile, acc_t* scratch) {
-  TileRows<acc_t> rows;
-  begin_tile(tiling, tile, rows);
-  TaskResult result = read_labels(args.labels, rows);
+  TileRows<acc_t> rows(tiling, tile);
+  const TaskResult result = read_labels(args, false, rows);
   if (result.bad_row >= 0) {
     return result;
   }
-  for (int64_t i = 0; i < rows.padded; ++i) {
-    RowGradient<acc_t> gradient;
-    if (rows.label[i] != kInactiveLane) {
-      const RowKind kind = rows.label[i] >= 0 ? RowKind::kInlier : RowKind::kOutlier;
-      gradient = args.row_gradient(rows.first + i, rows.label[i], kind);
+  clear_statistics(rows);
+  const auto num_classes = static_cast<acc_t>(args.layout.num_classes);
+  const GroupCounts counts = args.group_counts();
+  for (int64_t i = 0; i < rows.size; ++i) {
+    if (rows.weight[i] == acc_t(0)) {
+      rows.max[i] = rows.factor[i] = rows.offset[i] = 0;
+      continue;
     }
-    rows.max[i] = gradient.max;
-    rows.inverse_sum[i] = gradient.inverse_sum;
-    rows.scale[i] = gradient.scale;
-    rows.uniform[i] = gradient.uniform;
-    rows.label[i] = gradient.active ? rows.label[i] : kInactiveLane;
+    rows.max[i] = args.row_max[rows.first + i];
+    rows.sum_exp[i] = args.row_sum_exp[rows.first + i];
+    const bool outlier = rows.label[i] == kOutlier;
+    const RowKind kind = outlier ? RowKind::kOutlier : RowKind::kInlier;
+    const auto divisor = static_cast<acc_t>(reduction_divisor(args.reduction, kind, counts));
+    const auto gradient = GradientCoefficients<acc_t>::of_row(
+        rows.weight[i], outlier, rows.sum_exp[i],
+        rows.weight[i] * args.grad[rows.first + i] / divisor, num_classes);
+    rows.factor[i] = gradient.factor;
+    rows.offset[i] = gradient.offset;
   }
-
-  const int64_t num_classes = args.layout.num_classes;
-  const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
-  const TileView<scalar_t> grad(args.grad_logits, args.grad_layout, rows.first);
   if (!tiling.long_rows) {
-    for (int64_t cls = 0; cls < num_classes; cls += tiling.chunk_classes) {
-      const int64_t size = std::min(tiling.chunk_classes, num_classes - cls);
-      gather(logits.from_class(cls), size, rows, scratch);
-      write_gradients(rows, scratch, cls, size, grad);
-    }
+    write_gradients_in_chunks(args.logits, args.layout, args.grad_logits, args.grad_layout, tiling,
+                              /*may_lack_weight=*/false, scratch, rows);
     return result;
   }
+  const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
+  const TileView<scalar_t> grad(args.grad_logits, args.grad_layout, rows.first);
   for (int64_t i = 0; i < rows.size; ++i) {
-    const scalar_t* row = logits.data + i * logits.row_stride;
-    scalar_t* grad_row = grad.data + i * grad.row_stride;
-    write_row_gradient<false>(row, grad_row, num_classes, i, rows);
-    if (rows.label[i] >= 0) {
-      const int64_t label = args.labels[rows.first + i];
-      grad_row[label] =
-          static_cast<scalar_t>(gradient_at_label(static_cast<acc_t>(row[label]), i, rows));
+    scalar_t* to = grad.data + i * grad.row_stride;
+    if (rows.weight[i] == acc_t(0)) {
+      std::fill_n(to, args.layout.num_classes, scalar_t(0));
+    } else {
+      write_row_gradient(logits.data + i * logits.row_stride, to, args.layout.num_classes,
+                         rows.label[i] >= 0 ? args.labels[rows.first + i] : int64_t(-1),
+                         rows.max[i], rows.sum_exp[i], rows.factor[i], rows.offset[i], scratch);
     }
   }
   return result;

@@ -1,50 +1,16 @@
-// The rows of a tile: their labels in lanes, and what becomes known of them.
+// Loops over the rows of a tile whose logits lie in scratch memory as [class][row]: each step of
+// the loss and of its gradient, for one class (or two) of all rows after another.
 #pragma once
 
-#include "kernels.h"
-#include "packed.h"
-#include "vec_math.h"
+#include "labels.h"
+#include "transpose.h"
 
 namespace oe_ext::cpu {
 namespace {
 
-// Labels in lanes: a class, or one of these.
-constexpr int kOutlierLane = -1;
-constexpr int kInactiveLane = -2;  // ignored, or of no weight, or no row at all
-
-// The rows of whole vectors that hold so many.
-template <typename acc_t>
-int64_t round_up(int64_t num_rows) {
-  constexpr int64_t kSize = Vec<acc_t>::kSize;
-  return (num_rows + kSize - 1) / kSize * kSize;
-}
-
-// What is known of each row of a tile. Beyond its rows, up to a whole vector, stand inactive ones.
-template <typename acc_t>
-struct TileRows {
-  using Lane = typename IntegerOf<acc_t>::type;
-
-  int64_t first = 0;   // index of the first row
-  int64_t size = 0;    // rows
-  int64_t padded = 0;  // rows and inactive ones
-  alignas(64) Lane label[kMaxTileRows];
-  alignas(64) acc_t max[kMaxTileRows];
-  alignas(64) acc_t sum_exp[kMaxTileRows];
-  alignas(64) acc_t sum_shifted[kMaxTileRows];
-  alignas(64) acc_t at_label[kMaxTileRows];  // the logit
-  alignas(64) acc_t inverse_sum[kMaxTileRows];
-  alignas(64) acc_t scale[kMaxTileRows];
-  alignas(64) acc_t uniform[kMaxTileRows];
-};
-
-// The logits of a tile, or their gradients.
+// The logits of a tile, or its gradients, in a tensor.
 template <typename T>
 struct TileView {
-  T* data = nullptr;
-  int64_t row_stride = 0;
-  int64_t class_stride = 0;
-
-  TileView() = default;
   TileView(T* tensor, const RowLayout& layout, int64_t first_row)
       : data(tensor + layout.row_offset(first_row)),
         row_stride(layout.inner_stride),
@@ -55,191 +21,255 @@ struct TileView {
     view.data += cls * class_stride;
     return view;
   }
+
+  T* data;
+  int64_t row_stride;
+  int64_t class_stride;
 };
 
-// Calls f(labels) with a pointer of the labels' type.
-#define OE_EXT_WITH_LABELS(labels, f, ...)                               \
-  switch ((labels).type) {                                               \
-    case LabelType::kInt32:                                              \
-      return f(static_cast<const int32_t*>((labels).data), __VA_ARGS__); \
-    case LabelType::kInt16:                                              \
-      return f(static_cast<const int16_t*>((labels).data), __VA_ARGS__); \
-    case LabelType::kInt8:                                               \
-      return f(static_cast<const int8_t*>((labels).data), __VA_ARGS__);  \
-    case LabelType::kUInt8:                                              \
-      return f(static_cast<const uint8_t*>((labels).data), __VA_ARGS__); \
-    default:                                                             \
-      return f(static_cast<const int64_t*>((labels).data), __VA_ARGS__); \
-  }
-
-template <typename Label>
-int64_t first_bad_row(const Label* labels, const LabelRule& rule, int64_t size) {
-  int64_t row = 0;
-  while (row < size && rule.kind(labels[row]) != RowKind::kInvalid) {
-    ++row;
-  }
-  return row < size ? row : -1;
-}
-
-// A LabelRule in lanes. Labels are drawn in from the ends of the lanes' range first, so that its
-// ends are no label's: the lowest stands for a mark that is not set, the largest for no row.
+// A tile in scratch memory: `stride` elements a class, and a spare class behind the last.
 template <typename acc_t>
-struct LanesOfRule {
-  using IntV = IntVec<acc_t>;
-  using Lane = typename IntV::Lane;
-  static constexpr Lane kUnset = std::numeric_limits<Lane>::min();
-  static constexpr Lane kNoRow = std::numeric_limits<Lane>::max();
+struct Tile {
+  acc_t* of_class(int64_t cls) const { return data + cls * stride; }
 
-  explicit LanesOfRule(const LabelRule& rule)
-      : ignore_index(IntV::broadcast(mark(rule.has_ignore_index, rule.ignore_index))),
-        ood_index(IntV::broadcast(mark(rule.has_ood_index, rule.ood_index))),
-        end_of_negative_outliers(IntV::broadcast(rule.has_ood_index ? kUnset : Lane(0))),
-        num_classes(
-            IntV::broadcast(static_cast<Lane>(std::min<int64_t>(rule.num_classes, kNoRow)))) {}
-
-  // Does the rule mean the same in lanes? Not with a mark outside of their range.
-  static bool can_hold(const LabelRule& rule) {
-    const auto fits = [](int64_t x) { return x > kUnset + 1 && x < kNoRow; };
-    return (!rule.has_ignore_index || fits(rule.ignore_index)) &&
-           (!rule.has_ood_index || fits(rule.ood_index));
-  }
-  static Lane lane(int64_t label) {
-    constexpr int64_t kLow = kUnset + Lane(1);
-    constexpr int64_t kHigh = kNoRow;
-    return static_cast<Lane>(label < kLow ? kLow : (label > kHigh ? kHigh : label));
-  }
-
-  IntV ignore_index;
-  IntV ood_index;
-  IntV end_of_negative_outliers;
-  IntV num_classes;
-
- private:
-  static Lane mark(bool is_set, int64_t label) {
-    return is_set ? static_cast<Lane>(label) : kUnset;
-  }
+  acc_t* data;
+  int64_t stride;
+  int64_t num_classes;
 };
 
-// LanesOfRule::lane of whole vectors of labels; returns how many those are. Compilers do well with
-// all but what most targets are: eight bytes in four-byte lanes, without AVX-512.
-template <typename acc_t, typename Label>
-int64_t draw_in(const Label* labels, int64_t size, typename IntegerOf<acc_t>::type* lanes) {
-  if constexpr (sizeof(acc_t) != 4 || sizeof(Label) != 8 || kVectorBytes == 64) {
-    return 0;
-  } else {
-    using IntV = IntVec<acc_t>;
-    constexpr int64_t kSize = Vec<acc_t>::kSize;
-    const auto* halves = reinterpret_cast<const int32_t*>(labels);
-    int64_t i = 0;
-    for (; i + kSize <= size; i += kSize) {
-      const auto first = IntV::load(halves + 2 * i);
-      const auto second = IntV::load(halves + 2 * i + kSize);
-      const IntV low = even_lanes(first, second, std::make_integer_sequence<int, kSize>());
-      const IntV high = odd_lanes(first, second, std::make_integer_sequence<int, kSize>());
-      const Mask<acc_t> fits = high == IntV{low.raw >> 31};
-      const IntV end = {(high.raw >> 31) ^ LanesOfRule<acc_t>::kNoRow};  // of the lanes' range
-      const IntV lane = select(fits, low, end);
-      const auto lowest = IntV::broadcast(LanesOfRule<acc_t>::kUnset + 1);
-      select(lane < lowest, lowest, lane).store(lanes + i);
+// Rows are moved between [row][class] and [class][row] in squares, so many classes at once.
+constexpr int64_t kMovedClasses = 64;
+
+template <typename scalar_t, typename acc_t>
+void load_rows(const TileView<const scalar_t>& logits, int64_t num_rows, const Tile<acc_t>& tile) {
+  constexpr int64_t kSize = Square<acc_t>::kSize;
+  alignas(64) acc_t buffer[kSize * kMovedClasses + kSize] = {};
+  for (int64_t begin = 0; begin < tile.num_classes; begin += kMovedClasses) {
+    const int64_t width = std::min(kMovedClasses, tile.num_classes - begin);
+    for (int64_t row = 0; row < num_rows; row += kSize) {
+      const int64_t count = std::min(kSize, num_rows - row);
+      const scalar_t* from = logits.data + row * logits.row_stride + begin;
+      const acc_t* source = buffer;
+      int64_t stride = width;
+      if (std::is_same_v<scalar_t, acc_t> && row + 2 * kSize <= num_rows &&
+          logits.row_stride >= width) {
+        source = reinterpret_cast<const acc_t*>(from);
+        stride = logits.row_stride;
+      } else if (width == logits.row_stride) {
+        widen(from, count * width, buffer);
+      } else {
+        for (int64_t j = 0; j < count; ++j) {
+          widen(from + j * logits.row_stride, width, buffer + j * width);
+        }
+      }
+      // The last square reads into the next row, and writes classes that are not there.
+      for (int64_t cls = 0; cls < width; cls += kSize) {
+        transpose(source + cls, stride, tile.of_class(begin + cls) + row, tile.stride);
+      }
     }
-    return i;
   }
 }
 
-// Writes a class or a kind into the lanes of `size` labels, and inactive rows behind them, and
-// counts. bad_row is the first illegal label, counted from the first of these.
-template <typename acc_t, typename Label>
-TaskResult classify(const Label* labels, const LabelRule& label_rule, int64_t size, int64_t padded,
-                    typename IntegerOf<acc_t>::type* lanes) {
-  using IntV = IntVec<acc_t>;
-  using Rule = LanesOfRule<acc_t>;
-  int64_t inliers = 0;
-  int64_t outliers = 0;
-  int64_t ignored = 0;
-  if (Rule::can_hold(label_rule)) {
-    const Rule rule(label_rule);
-    for (int64_t i = draw_in<acc_t>(labels, size, lanes); i < size; ++i) {
-      lanes[i] = Rule::lane(labels[i]);
+template <typename scalar_t, typename acc_t>
+void store_rows(const Tile<acc_t>& tile, int64_t num_rows, const TileView<scalar_t>& grad) {
+  constexpr int64_t kSize = Square<acc_t>::kSize;
+  alignas(64) acc_t buffer[kSize * kMovedClasses + kSize];
+  for (int64_t begin = 0; begin < tile.num_classes; begin += kMovedClasses) {
+    const int64_t width = std::min(kMovedClasses, tile.num_classes - begin);
+    const bool dense = width == grad.row_stride;
+    for (int64_t row = 0; row < num_rows; row += kSize) {
+      scalar_t* to = grad.data + row * grad.row_stride + begin;
+      const bool in_place = std::is_same_v<scalar_t, acc_t> && row + 2 * kSize <= num_rows && dense;
+      acc_t* rows = in_place ? reinterpret_cast<acc_t*>(to) : buffer;
+      // The last square comes first: what it writes into the next row is written again.
+      for (int64_t cls = (width - 1) / kSize * kSize; cls >= 0; cls -= kSize) {
+        transpose(tile.of_class(begin + cls) + row, tile.stride, rows + cls, width);
+      }
+      const int64_t count = std::min(kSize, num_rows - row);
+      if (in_place) {
+        continue;
+      }
+      if (dense) {
+        narrow(buffer, count * width, to);
+      } else {
+        for (int64_t j = 0; j < count; ++j) {
+          narrow(buffer + j * width, width, to + j * grad.row_stride);
+        }
+      }
     }
-    std::fill(lanes + size, lanes + padded, Rule::kNoRow);
-    IntV minus_inliers = IntV::broadcast(0);  // a lane of a mask is -1
-    IntV minus_outliers = IntV::broadcast(0);
-    IntV minus_ignored = IntV::broadcast(0);
-    for (int64_t i = 0; i < padded; i += Vec<acc_t>::kSize) {
-      const IntV label = IntV::load(lanes + i);
-      const Mask<acc_t> is_ignored = label == rule.ignore_index;
-      const Mask<acc_t> marked =
-          (label == rule.ood_index) | (label < rule.end_of_negative_outliers);
-      const Mask<acc_t> is_outlier = marked & ~is_ignored;
-      const Mask<acc_t> is_inlier =
-          (label >= IntV::broadcast(0)) & (label < rule.num_classes) & ~marked & ~is_ignored;
-      select(is_inlier, label,
-             select(is_outlier, IntV::broadcast(kOutlierLane), IntV::broadcast(kInactiveLane)))
-          .store(lanes + i);
-      minus_inliers.raw += is_inlier.raw;
-      minus_outliers.raw += is_outlier.raw;
-      minus_ignored.raw += is_ignored.raw;
-    }
-    for (int j = 0; j < Vec<acc_t>::kSize; ++j) {
-      inliers -= minus_inliers.raw[j];
-      outliers -= minus_outliers.raw[j];
-      ignored -= minus_ignored.raw[j];
-    }
+  }
+}
+
+template <typename scalar_t, typename acc_t>
+void load_tile(const TileView<const scalar_t>& logits, const TileRows<acc_t>& rows,
+               const Tile<acc_t>& tile) {
+  if (logits.class_stride == 1 && logits.row_stride != 1) {
+    load_rows(logits, rows.size, tile);
   } else {
+    for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
+      const scalar_t* from = logits.data + cls * logits.class_stride;
+      acc_t* to = tile.of_class(cls);
+      if (logits.row_stride == 1) {
+        widen(from, rows.size, to);
+      } else {
+        for (int64_t i = 0; i < rows.size; ++i) {
+          to[i] = to_float(from[i * logits.row_stride]);
+        }
+      }
+      std::fill(to + rows.size, to + rows.padded, acc_t(0));
+    }
+  }
+  std::fill_n(tile.of_class(tile.num_classes), rows.padded, acc_t(0));
+}
+
+// From exponentials to gradients, in the tensor.
+template <typename scalar_t, typename acc_t>
+void store_gradients(const Tile<acc_t>& tile, const TileRows<acc_t>& rows,
+                     const TileView<scalar_t>& grad) {
+  for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
+    acc_t* exps = tile.of_class(cls);
+    scalar_t* to = grad.data + cls * grad.class_stride;
+    acc_t* gradients = exps;
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      gradients = grad.row_stride == 1 ? to : exps;
+    }
+    // Those of rows that do not exist must not reach the tensor.
+    const int64_t size = gradients == exps ? rows.padded : rows.size;
+#pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
-      const RowKind kind = label_rule.kind(labels[i]);
-      inliers += kind == RowKind::kInlier;
-      outliers += kind == RowKind::kOutlier;
-      ignored += kind == RowKind::kIgnored;
-      lanes[i] = kind == RowKind::kInlier    ? Rule::lane(labels[i])
-                 : kind == RowKind::kOutlier ? kOutlierLane
-                                             : kInactiveLane;
+      gradients[i] = multiply_add(exps[i], rows.factor[i], -rows.offset[i]);
     }
-    std::fill(lanes + size, lanes + padded, kInactiveLane);
+    if (grad.row_stride == 1) {
+      if constexpr (!std::is_same_v<scalar_t, acc_t>) {
+        narrow(gradients, rows.size, to);
+      }
+    } else if (grad.class_stride != 1) {
+      for (int64_t i = 0; i < rows.size; ++i) {
+        store_as(gradients[i], to[i * grad.row_stride]);
+      }
+    }
   }
-  TaskResult result;
-  result.sums.counts.inliers = inliers;
-  result.sums.counts.outliers = outliers;
-  const bool all_legal = inliers + outliers + ignored == size;
-  result.bad_row = all_legal ? -1 : first_bad_row(labels, label_rule, size);
-  return result;
+  if (grad.row_stride != 1 && grad.class_stride == 1) {
+    store_rows(tile, rows.size, grad);
+  }
 }
 
-// Fills the lanes of the labels. Returns how many rows count, or the first with an illegal label.
-template <typename Label, typename acc_t>
-TaskResult read_labels_of(const Label* labels, const LabelRule& rule, TileRows<acc_t>& rows) {
-  TaskResult result =
-      classify<acc_t>(labels + rows.first, rule, rows.size, rows.padded, rows.label);
-  result.bad_row += result.bad_row >= 0 ? rows.first : 0;
-  return result;
+// Sets what rows have in the tile to 0 where `counts` is 0: it may be infinite, or NaN.
+template <typename acc_t>
+void clear_rows(const Tile<acc_t>& tile, int64_t num_rows, const acc_t* counts) {
+  for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
+    acc_t* x = tile.of_class(cls);
+#pragma omp simd
+    for (int64_t i = 0; i < num_rows; ++i) {
+      x[i] = select(counts[i] != acc_t(0), x[i], acc_t(0));
+    }
+  }
 }
 
 template <typename acc_t>
-TaskResult read_labels(const Labels& labels, TileRows<acc_t>& rows) {
-  OE_EXT_WITH_LABELS(labels, read_labels_of, labels.rule, rows);
-}
-
-template <typename Label>
-TaskResult count_rows_of(const Label* labels, const LabelRule& rule, int64_t begin, int64_t end) {
-  alignas(64) int32_t lanes[kMaxTileRows];
-  TaskResult total;
-  for (; begin < end; begin += kMaxTileRows) {
-    const int64_t size = std::min(kMaxTileRows, end - begin);
-    const int64_t padded = round_up<float>(size);
-    const TaskResult part = classify<float>(labels + begin, rule, size, padded, lanes);
-    if (part.bad_row >= 0) {
-      total.bad_row = begin + part.bad_row;
-      return total;
+void raise_maxima(const Tile<acc_t>& tile, TileRows<acc_t>& rows) {
+  for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
+    const acc_t* x = tile.of_class(cls);
+#pragma omp simd
+    for (int64_t i = 0; i < rows.padded; ++i) {
+      rows.max[i] = x[i] > rows.max[i] ? x[i] : rows.max[i];
     }
-    total.sums.counts.merge(part.sums.counts);
   }
-  return total;
 }
 
-TaskResult count_rows(const Labels& labels, int64_t begin, int64_t end) {
-  OE_EXT_WITH_LABELS(labels, count_rows_of, labels.rule, begin, end);
+// Exponentials in place of the logits of kCount classes, whose maxima are known, and their sums.
+template <int kCount, typename acc_t>
+OE_EXT_INLINE void add_classes(acc_t* x, int64_t stride, TileRows<acc_t>& rows) {
+#pragma omp simd
+  for (int64_t i = 0; i < rows.padded; ++i) {
+    acc_t shifted[kCount];
+    acc_t exps[kCount];
+#pragma GCC unroll 2
+    for (int k = 0; k < kCount; ++k) {
+      shifted[k] = x[k * stride + i] - rows.max[i];
+      exps[k] = exp_of(shifted[k]);
+      x[k * stride + i] = exps[k];
+    }
+    rows.sum_exp[i] += kCount == 2 ? exps[0] + exps[kCount - 1] : exps[0];
+    rows.sum_shifted[i] += kCount == 2 ? shifted[0] + shifted[kCount - 1] : shifted[0];
+  }
 }
-#undef OE_EXT_WITH_LABELS
+
+// Of many classes, so many are summed up before their sums join others in double.
+constexpr int64_t kSumClasses = 64;
+
+// Sums over all classes of a row, where those are more than kSumClasses.
+struct WideSums {
+  double exp[kMaxTileRows] = {};
+  double shifted[kMaxTileRows] = {};
+};
+
+template <typename acc_t>
+void add_exponentials(const Tile<acc_t>& tile, TileRows<acc_t>& rows, WideSums* wide) {
+  for (int64_t begin = 0; begin < tile.num_classes; begin += kSumClasses) {
+    const int64_t end = std::min(begin + kSumClasses, tile.num_classes);
+    std::fill_n(rows.sum_exp, rows.padded, acc_t(0));
+    std::fill_n(rows.sum_shifted, rows.padded, acc_t(0));
+    int64_t cls = begin;
+    for (; cls + 2 <= end; cls += 2) {
+      add_classes<2>(tile.of_class(cls), tile.stride, rows);
+    }
+    if (cls < end) {
+      add_classes<1>(tile.of_class(cls), tile.stride, rows);
+    }
+    for (int64_t i = 0; wide != nullptr && i < rows.padded; ++i) {
+      wide->exp[i] += rows.sum_exp[i];
+      wide->shifted[i] += rows.sum_shifted[i];
+    }
+  }
+  for (int64_t i = 0; wide != nullptr && i < rows.padded; ++i) {
+    rows.sum_exp[i] = static_cast<acc_t>(wide->exp[i]);
+    rows.sum_shifted[i] = static_cast<acc_t>(wide->shifted[i]);
+  }
+}
+
+// Calls use(element, row) for what each row has at its label, if that is one of the tile's classes,
+// which start at first_class. Else for what it has in the spare class.
+template <typename acc_t, typename Use>
+OE_EXT_INLINE void for_each_label(const Tile<acc_t>& tile, int64_t first_class,
+                                  const TileRows<acc_t>& rows, const Use& use) {
+  for (int64_t i = 0; i < rows.size; ++i) {
+    const auto cls = static_cast<uint64_t>(rows.label[i] - first_class);
+    const uint64_t spare = tile.num_classes;
+    use(tile.data[static_cast<int64_t>(std::min(cls, spare)) * tile.stride + i], i);
+  }
+}
+
+template <typename acc_t>
+void find_logits_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows) {
+  if (tile.num_classes == 2 && first_class == 0) {
+    const acc_t* x = tile.data;
+    const acc_t* y = tile.of_class(1);
+#pragma omp simd
+    for (int64_t i = 0; i < rows.padded; ++i) {
+      rows.at_label[i] = select(rows.label[i] == 1, y[i], x[i]);
+    }
+    return;
+  }
+  for_each_label(tile, first_class, rows, [&](acc_t x, int64_t i) { rows.at_label[i] += x; });
+}
+
+// (exp - sum) * factor is the gradient at the label, where exp * factor is that of other classes.
+template <typename acc_t>
+void subtract_sums_at_labels(const Tile<acc_t>& tile, int64_t first_class,
+                             const TileRows<acc_t>& rows) {
+  if (tile.num_classes == 2 && first_class == 0) {
+    acc_t* x = tile.data;
+    acc_t* y = tile.of_class(1);
+#pragma omp simd
+    for (int64_t i = 0; i < rows.padded; ++i) {
+      x[i] -= select(rows.label[i] == 0, rows.sum_exp[i], acc_t(0));
+      y[i] -= select(rows.label[i] == 1, rows.sum_exp[i], acc_t(0));
+    }
+    return;
+  }
+  for_each_label(tile, first_class, rows, [&](acc_t& x, int64_t i) { x -= rows.sum_exp[i]; });
+}
 
 }  // namespace
 }  // namespace oe_ext::cpu

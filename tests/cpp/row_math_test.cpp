@@ -54,6 +54,19 @@ struct Expected {
   long double mean = 0;
 };
 
+template <typename acc_t>
+acc_t inlier_cross_entropy(const RowStats<acc_t>& stats, acc_t logit) {
+  return RowLoss<acc_t>::of_row(true, false, acc_t(1), stats.log_sum(), logit - stats.max, acc_t(0))
+      .loss;
+}
+
+template <typename acc_t>
+acc_t outlier_cross_entropy(const RowStats<acc_t>& stats) {
+  return RowLoss<acc_t>::of_row(true, true, acc_t(1), stats.log_sum(), acc_t(0),
+                                stats.sum_shifted / stats.count)
+      .loss;
+}
+
 class RowStatsOfSize : public testing::TestWithParam<int64_t> {};
 
 TEST_P(RowStatsOfSize, DoubleMatchesLongDouble) {

@@ -1,0 +1,177 @@
+// The labels of a tile's rows, and what the rows weigh.
+#pragma once
+
+#include "elementwise.h"
+
+namespace oe_ext::cpu {
+namespace {
+
+// What a row's label becomes, where it is no class.
+constexpr int kOutlier = -1;
+constexpr int kIgnored = -2;  // or no row at all
+
+// What is known of each row of a tile, in arrays for loops over its rows. Behind the last row
+// stand rows that do not count, up to a multiple of kTileRowsStep; what is computed of them is
+// written nowhere.
+template <typename acc_t>
+struct TileRows {
+  TileRows(const Tiling& tiling, int64_t tile)
+      : first(tiling.begin(tile)),
+        size(tiling.size(tile)),
+        padded((size + kTileRowsStep - 1) / kTileRowsStep * kTileRowsStep) {}
+
+  int64_t first;                                 // index of the first row
+  int64_t size;                                  // rows
+  int64_t padded;                                // with those that do not count
+  alignas(64) IntOf<acc_t> label[kMaxTileRows];  // a class, or as above
+  alignas(64) acc_t weight[kMaxTileRows];
+  alignas(64) acc_t active[kMaxTileRows];  // not 0: the logits are to be looked at
+  alignas(64) acc_t max[kMaxTileRows];
+  alignas(64) acc_t sum_exp[kMaxTileRows];
+  alignas(64) acc_t sum_shifted[kMaxTileRows];
+  alignas(64) acc_t at_label[kMaxTileRows];  // the logit
+  alignas(64) acc_t factor[kMaxTileRows];    // of the gradient
+  alignas(64) acc_t offset[kMaxTileRows];
+  bool all_active;
+};
+
+// Calls f(labels) with a pointer of the labels' type.
+template <typename F>
+auto with_labels(const Labels& labels, const F& f) {
+  switch (labels.type) {
+    case LabelType::kInt32:
+      return f(static_cast<const int32_t*>(labels.data));
+    case LabelType::kInt16:
+      return f(static_cast<const int16_t*>(labels.data));
+    case LabelType::kInt8:
+      return f(static_cast<const int8_t*>(labels.data));
+    case LabelType::kUInt8:
+      return f(static_cast<const uint8_t*>(labels.data));
+    default:
+      return f(static_cast<const int64_t*>(labels.data));
+  }
+}
+
+// The rule in integers of Int; false where those do not hold its numbers.
+template <typename Int>
+bool rule_in(const LabelRule& rule, LabelRuleOf<Int>& narrow) {
+  const auto fits = [](int64_t x) { return x == static_cast<Int>(x); };
+  narrow.num_classes = static_cast<Int>(rule.num_classes);
+  narrow.ignore_index = static_cast<Int>(rule.ignore_index);
+  narrow.ood_index = static_cast<Int>(rule.ood_index);
+  narrow.has_ignore_index = rule.has_ignore_index;
+  narrow.has_ood_index = rule.has_ood_index;
+  return fits(rule.num_classes) && fits(rule.ignore_index) && fits(rule.ood_index);
+}
+
+// Copies labels; false where Int does not hold all of them.
+template <typename Label, typename Int>
+bool copy_labels(const Label* labels, int64_t size, Int* copies) {
+  uint64_t beyond = 0;
+#pragma omp simd reduction(| : beyond)
+  for (int64_t i = 0; i < size; ++i) {
+    copies[i] = static_cast<Int>(labels[i]);
+    if constexpr (sizeof(Label) > sizeof(Int)) {
+      beyond |= (static_cast<uint64_t>(labels[i]) + 0x80000000U) >> 32;
+    }
+  }
+  return beyond == 0;
+}
+
+// Writes a class or a kind for each of `size` labels, and counts. bad_row is the first illegal
+// label, counted from the first of these.
+template <typename Label, typename Int>
+TaskResult classify(const Label* labels, const LabelRule& rule, int64_t size, Int* classes) {
+  Int inliers = 0;
+  Int outliers = 0;
+  Int ignored = 0;
+  LabelRuleOf<Int> narrow;
+  if (rule_in(rule, narrow) && copy_labels(labels, size, classes)) {
+#pragma omp simd reduction(+ : inliers, outliers, ignored)
+    for (int64_t i = 0; i < size; ++i) {
+      const Int label = classes[i];
+      const Int is_inlier = narrow.is_inlier(label);
+      const Int is_outlier = narrow.is_outlier(label);
+      inliers += is_inlier;
+      outliers += is_outlier;
+      ignored += narrow.is_ignored(label);
+      const Int other = is_outlier ? kOutlier : kIgnored;
+      classes[i] = is_inlier ? label : other;
+    }
+  } else {
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t label = labels[i];
+      const RowKind kind = rule.kind(label);
+      inliers += kind == RowKind::kInlier;
+      outliers += kind == RowKind::kOutlier;
+      ignored += kind == RowKind::kIgnored;
+      // A class that does not fit is that of a long row, whose label is read where it is needed.
+      constexpr int64_t kHighest = std::numeric_limits<Int>::max();
+      classes[i] = kind == RowKind::kInlier    ? static_cast<Int>(std::min(label, kHighest))
+                   : kind == RowKind::kOutlier ? kOutlier
+                                               : kIgnored;
+    }
+  }
+  TaskResult result;
+  result.sums.counts.inliers = inliers;
+  result.sums.counts.outliers = outliers;
+  if (int64_t(inliers) + outliers + ignored != size) {
+    result.bad_row = 0;
+    while (rule.kind(labels[result.bad_row]) != RowKind::kInvalid) {
+      ++result.bad_row;
+    }
+  }
+  return result;
+}
+
+// The counts of a tile, or its first illegal label; classes and weights of its rows.
+template <typename Args, typename acc_t>
+TaskResult read_labels(const Args& args, bool wants_cross_entropy, TileRows<acc_t>& rows) {
+  TaskResult result = with_labels(args.labels, [&](const auto* labels) {
+    return classify(labels + rows.first, args.labels.rule, rows.size, rows.label);
+  });
+  if (result.bad_row >= 0) {
+    result.bad_row += rows.first;
+    return result;
+  }
+  std::fill(rows.label + rows.size, rows.label + rows.padded, kIgnored);
+  std::fill_n(rows.weight, rows.padded, args.alpha.value);
+  if (args.alpha.values.data != nullptr) {
+    for (int64_t i = 0; i < rows.size; ++i) {
+      rows.weight[i] = args.alpha.values[rows.first + i];
+    }
+  }
+  IntOf<acc_t> num_active = 0;
+#pragma omp simd reduction(+ : num_active)
+  for (int64_t i = 0; i < rows.padded; ++i) {
+    const bool outlier = rows.label[i] == kOutlier;
+    const acc_t alpha = rows.weight[i];
+    const acc_t weight = select(rows.label[i] >= 0, acc_t(1), select(outlier, alpha, acc_t(0)));
+    const bool active = (weight != acc_t(0)) | (outlier & wants_cross_entropy);
+    rows.weight[i] = weight;
+    rows.active[i] = select(active, acc_t(1), acc_t(0));
+    num_active += active;
+  }
+  rows.all_active = num_active >= rows.size;
+  return result;
+}
+
+TaskResult count_rows(const Labels& labels, int64_t begin, int64_t end) {
+  return with_labels(labels, [&](const auto* stored) {
+    int32_t classes[kMaxTileRows];
+    TaskResult total;
+    for (int64_t row = begin; row < end; row += kMaxTileRows) {
+      const int64_t size = std::min(kMaxTileRows, end - row);
+      const TaskResult part = classify(stored + row, labels.rule, size, classes);
+      if (part.bad_row >= 0) {
+        total.bad_row = row + part.bad_row;
+        return total;
+      }
+      total.sums.counts.merge(part.sums.counts);
+    }
+    return total;
+  });
+}
+
+}  // namespace
+}  // namespace oe_ext::cpu
