@@ -169,13 +169,21 @@ OE_EXT_INLINE double to_float(double x) { return x; }
 OE_EXT_INLINE void store_as(float x, float& stored) { stored = x; }
 OE_EXT_INLINE void store_as(double x, double& stored) { stored = x; }
 
+// One instruction does what the bits above take twelve for.
+#if defined(OE_EXT_F16C)
+template <typename scalar_t>
+constexpr bool kWidensByHand = std::is_same_v<scalar_t, c10::Half>;
+#else
+template <typename scalar_t>
+constexpr bool kWidensByHand = false;
+#endif
+
 // Neighbouring logits to the arithmetic's type.
 template <typename scalar_t, typename acc_t>
 void widen(const scalar_t* from, int64_t size, acc_t* to) {
   int64_t begin = 0;
 #if defined(OE_EXT_F16C)
-  // One instruction does what the bits above take twelve for.
-  if constexpr (std::is_same_v<scalar_t, c10::Half>) {
+  if constexpr (kWidensByHand<scalar_t>) {
     begin = size & ~int64_t(7);
     for (int64_t i = 0; i < begin; i += 8) {
       const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
@@ -194,7 +202,7 @@ template <typename acc_t, typename scalar_t>
 void narrow(const acc_t* from, int64_t size, scalar_t* to) {
   int64_t begin = 0;
 #if defined(OE_EXT_F16C)
-  if constexpr (std::is_same_v<scalar_t, c10::Half>) {
+  if constexpr (kWidensByHand<scalar_t>) {
     begin = size & ~int64_t(7);
     for (int64_t i = 0; i < begin; i += 8) {
       const __m256 x = _mm256_loadu_ps(from + i);

@@ -84,9 +84,9 @@ void clear_statistics(TileRows<acc_t>& rows) {
 
 // Loads a tile, without the logits that are not to be looked at.
 template <typename scalar_t, typename acc_t>
-void load_active(const TileView<const scalar_t>& logits, const TileRows<acc_t>& rows,
-                 const Tile<acc_t>& tile) {
-  load_tile(logits, rows, tile);
+void load_active(const TileView<const scalar_t>& logits, const Tile<acc_t>& tile,
+                 TileRows<acc_t>& rows) {
+  load_tile(logits, tile, rows);
   if (!rows.all_active) {
     clear_rows(tile, rows.padded, rows.active);
   }
@@ -94,7 +94,7 @@ void load_active(const TileView<const scalar_t>& logits, const TileRows<acc_t>& 
 
 // The gradients of a tile's exponentials, of classes from first_class on.
 template <typename scalar_t, typename acc_t>
-void finish_gradients(const Tile<acc_t>& tile, int64_t first_class, const TileRows<acc_t>& rows,
+void finish_gradients(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows,
                       bool may_lack_weight, const TileView<scalar_t>& grad) {
   subtract_sums_at_labels(tile, first_class, rows);
   if (may_lack_weight) {
@@ -109,8 +109,7 @@ void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
                         GroupSums& sums) {
   const int64_t num_classes = args.layout.num_classes;
   const Tile<acc_t> tile{scratch, tiling.tile_rows, num_classes};
-  load_active(TileView<const scalar_t>(args.logits, args.layout, rows.first), rows, tile);
-  raise_maxima(tile, rows);
+  load_active(TileView<const scalar_t>(args.logits, args.layout, rows.first), tile, rows);
   find_logits_at_labels(tile, 0, rows);
   if (num_classes <= kSumClasses) {
     add_exponentials(tile, rows, nullptr);
@@ -128,12 +127,12 @@ void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
 // Calls use(tile, first_class) for so many classes as fit in scratch at once.
 template <typename scalar_t, typename acc_t, typename Use>
 void for_each_chunk(const scalar_t* logits, const RowLayout& layout, const Tiling& tiling,
-                    acc_t* scratch, const TileRows<acc_t>& rows, const Use& use) {
+                    acc_t* scratch, TileRows<acc_t>& rows, const Use& use) {
   const TileView<const scalar_t> view(logits, layout, rows.first);
   for (int64_t cls = 0; cls < layout.num_classes; cls += tiling.chunk_classes) {
     const int64_t size = std::min(tiling.chunk_classes, layout.num_classes - cls);
     const Tile<acc_t> tile{scratch, tiling.tile_rows, size};
-    load_active(view.from_class(cls), rows, tile);
+    load_active(view.from_class(cls), tile, rows);
     use(tile, cls);
   }
 }
@@ -157,10 +156,7 @@ template <typename scalar_t, typename acc_t>
 void forward_in_chunks(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                        GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows, GroupSums& sums) {
   for_each_chunk(args.logits, args.layout, tiling, scratch, rows,
-                 [&](const auto& tile, int64_t cls) {
-                   raise_maxima(tile, rows);
-                   find_logits_at_labels(tile, cls, rows);
-                 });
+                 [&](const auto& tile, int64_t cls) { find_logits_at_labels(tile, cls, rows); });
   WideSums wide;
   for_each_chunk(args.logits, args.layout, tiling, scratch, rows,
                  [&](const auto& tile, int64_t) { add_exponentials(tile, rows, &wide); });

@@ -100,26 +100,57 @@ void store_rows(const Tile<acc_t>& tile, int64_t num_rows, const TileView<scalar
   }
 }
 
-template <typename scalar_t, typename acc_t>
-void load_tile(const TileView<const scalar_t>& logits, const TileRows<acc_t>& rows,
-               const Tile<acc_t>& tile) {
-  if (logits.class_stride == 1 && logits.row_stride != 1) {
-    load_rows(logits, rows.size, tile);
-  } else {
-    for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
-      const scalar_t* from = logits.data + cls * logits.class_stride;
-      acc_t* to = tile.of_class(cls);
-      if (logits.row_stride == 1) {
-        widen(from, rows.size, to);
-      } else {
-        for (int64_t i = 0; i < rows.size; ++i) {
-          to[i] = to_float(from[i * logits.row_stride]);
-        }
-      }
-      std::fill(to + rows.size, to + rows.padded, acc_t(0));
+template <typename acc_t>
+void raise_maxima(const Tile<acc_t>& tile, TileRows<acc_t>& rows) {
+  for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
+    const acc_t* x = tile.of_class(cls);
+#pragma omp simd
+    for (int64_t i = 0; i < rows.padded; ++i) {
+      rows.max[i] = x[i] > rows.max[i] ? x[i] : rows.max[i];
     }
   }
+}
+
+// Widens neighbouring logits and raises the maxima of their rows.
+template <typename scalar_t, typename acc_t>
+OE_EXT_INLINE void load_class(const scalar_t* from, int64_t size, acc_t* to, acc_t* max) {
+  if constexpr (kWidensByHand<scalar_t>) {
+    widen(from, size, to);
+    load_class(to, size, to, max);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      const acc_t x = to_float(from[i]);
+      to[i] = x;
+      max[i] = x > max[i] ? x : max[i];
+    }
+  }
+}
+
+// Loads a tile and raises the maxima of its rows.
+template <typename scalar_t, typename acc_t>
+void load_tile(const TileView<const scalar_t>& logits, const Tile<acc_t>& tile,
+               TileRows<acc_t>& rows) {
+  if (logits.class_stride == 1 && logits.row_stride != 1) {
+    load_rows(logits, rows.size, tile);
+    std::fill_n(tile.of_class(tile.num_classes), rows.padded, acc_t(0));
+    raise_maxima(tile, rows);
+    return;
+  }
   std::fill_n(tile.of_class(tile.num_classes), rows.padded, acc_t(0));
+  for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
+    const scalar_t* from = logits.data + cls * logits.class_stride;
+    acc_t* to = tile.of_class(cls);
+    std::fill(to + rows.size, to + rows.padded, acc_t(0));
+    if (logits.row_stride == 1) {
+      load_class(from, rows.size, to, rows.max);
+      continue;
+    }
+    for (int64_t i = 0; i < rows.size; ++i) {
+      to[i] = to_float(from[i * logits.row_stride]);
+    }
+    load_class(to, rows.size, to, rows.max);
+  }
 }
 
 // From exponentials to gradients, in the tensor.
@@ -162,17 +193,6 @@ void clear_rows(const Tile<acc_t>& tile, int64_t num_rows, const acc_t* counts) 
 #pragma omp simd
     for (int64_t i = 0; i < num_rows; ++i) {
       x[i] = select(counts[i] != acc_t(0), x[i], acc_t(0));
-    }
-  }
-}
-
-template <typename acc_t>
-void raise_maxima(const Tile<acc_t>& tile, TileRows<acc_t>& rows) {
-  for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
-    const acc_t* x = tile.of_class(cls);
-#pragma omp simd
-    for (int64_t i = 0; i < rows.padded; ++i) {
-      rows.max[i] = x[i] > rows.max[i] ? x[i] : rows.max[i];
     }
   }
 }
@@ -228,15 +248,18 @@ void add_exponentials(const Tile<acc_t>& tile, TileRows<acc_t>& rows, WideSums* 
   }
 }
 
-// Calls use(element, row) for what each row has at its label, if that is one of the tile's classes,
-// which start at first_class. Else for what it has in the spare class.
-template <typename acc_t, typename Use>
-OE_EXT_INLINE void for_each_label(const Tile<acc_t>& tile, int64_t first_class,
-                                  const TileRows<acc_t>& rows, const Use& use) {
-  for (int64_t i = 0; i < rows.size; ++i) {
-    const auto cls = static_cast<uint64_t>(rows.label[i] - first_class);
-    const uint64_t spare = tile.num_classes;
-    use(tile.data[static_cast<int64_t>(std::min(cls, spare)) * tile.stride + i], i);
+// Finds the places of rows' labels in a tile whose classes start at first_class. A label that is
+// none of them is found in the spare class.
+template <typename acc_t>
+void find_labels(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows) {
+  const auto first = static_cast<IntOf<acc_t>>(first_class);
+  const auto size = static_cast<IntOf<acc_t>>(tile.num_classes);
+  const auto stride = static_cast<IntOf<acc_t>>(tile.stride);
+#pragma omp simd
+  for (int64_t i = 0; i < rows.padded; ++i) {
+    const IntOf<acc_t> cls = rows.label[i] - first;
+    const bool here = (cls >= 0) & (cls < size);
+    rows.place[i] = (here ? cls : size) * stride + static_cast<IntOf<acc_t>>(i);
   }
 }
 
@@ -251,13 +274,15 @@ void find_logits_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileRow
     }
     return;
   }
-  for_each_label(tile, first_class, rows, [&](acc_t x, int64_t i) { rows.at_label[i] += x; });
+  find_labels(tile, first_class, rows);
+  for (int64_t i = 0; i < rows.size; ++i) {
+    rows.at_label[i] += tile.data[rows.place[i]];
+  }
 }
 
 // (exp - sum) * factor is the gradient at the label, where exp * factor is that of other classes.
 template <typename acc_t>
-void subtract_sums_at_labels(const Tile<acc_t>& tile, int64_t first_class,
-                             const TileRows<acc_t>& rows) {
+void subtract_sums_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows) {
   if (tile.num_classes == 2 && first_class == 0) {
     acc_t* x = tile.data;
     acc_t* y = tile.of_class(1);
@@ -268,7 +293,10 @@ void subtract_sums_at_labels(const Tile<acc_t>& tile, int64_t first_class,
     }
     return;
   }
-  for_each_label(tile, first_class, rows, [&](acc_t& x, int64_t i) { x -= rows.sum_exp[i]; });
+  find_labels(tile, first_class, rows);
+  for (int64_t i = 0; i < rows.size; ++i) {
+    tile.data[rows.place[i]] -= rows.sum_exp[i];
+  }
 }
 
 }  // namespace
