@@ -186,9 +186,9 @@ struct GradientCoefficients {
   acc_t offset;
 
   C10_HOST_DEVICE static GradientCoefficients of_row(acc_t weight, bool outlier, acc_t sum_exp,
-                                                     acc_t scale, acc_t num_classes) {
+                                                     acc_t scale, acc_t uniform) {
     return {select(weight != acc_t(0), scale / sum_exp, acc_t(0)),
-            select(outlier & (weight != acc_t(0)), scale / num_classes, acc_t(0))};
+            select(outlier & (weight != acc_t(0)), scale * uniform, acc_t(0))};
   }
 };
 

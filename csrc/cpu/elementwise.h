@@ -81,7 +81,8 @@ OE_EXT_INLINE double expm1_of_remainder(double r) {
   return multiply_add(p, r * r, r);
 }
 
-// exp(x) of x <= 0: -inf gives 0, NaN gives NaN, a result below the smallest normal number 0.
+// exp(x) of x <= 0, to one unit in the last place: -inf gives 0, NaN gives NaN, and a result below
+// the smallest normal number 0.
 // x = n ln 2 + r, and exp(x) = 2^n exp(r).
 template <typename T>
 OE_EXT_INLINE T exp_of(T x) {
@@ -169,21 +170,12 @@ OE_EXT_INLINE double to_float(double x) { return x; }
 OE_EXT_INLINE void store_as(float x, float& stored) { stored = x; }
 OE_EXT_INLINE void store_as(double x, double& stored) { stored = x; }
 
-// One instruction does what the bits above take twelve for.
-#if defined(OE_EXT_F16C)
-template <typename scalar_t>
-constexpr bool kWidensByHand = std::is_same_v<scalar_t, c10::Half>;
-#else
-template <typename scalar_t>
-constexpr bool kWidensByHand = false;
-#endif
-
 // Neighbouring logits to the arithmetic's type.
 template <typename scalar_t, typename acc_t>
 void widen(const scalar_t* from, int64_t size, acc_t* to) {
   int64_t begin = 0;
-#if defined(OE_EXT_F16C)
-  if constexpr (kWidensByHand<scalar_t>) {
+#if defined(OE_EXT_F16C)  // one instruction for the twelve above
+  if constexpr (std::is_same_v<scalar_t, c10::Half>) {
     begin = size & ~int64_t(7);
     for (int64_t i = 0; i < begin; i += 8) {
       const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
@@ -201,8 +193,8 @@ void widen(const scalar_t* from, int64_t size, acc_t* to) {
 template <typename acc_t, typename scalar_t>
 void narrow(const acc_t* from, int64_t size, scalar_t* to) {
   int64_t begin = 0;
-#if defined(OE_EXT_F16C)
-  if constexpr (kWidensByHand<scalar_t>) {
+#if defined(OE_EXT_F16C)  // one instruction for the twelve above
+  if constexpr (std::is_same_v<scalar_t, c10::Half>) {
     begin = size & ~int64_t(7);
     for (int64_t i = 0; i < begin; i += 8) {
       const __m256 x = _mm256_loadu_ps(from + i);

@@ -10,83 +10,20 @@
 // in double, float, Half and BFloat16 in float, to which the last two are widened on the way in.
 #pragma once
 
+#include "finish_rows.h"
 #include "long_rows.h"
 #include "tile_rows.h"
 
 namespace oe_ext::cpu {
 namespace {
 
-// From the statistics of a tile's rows: all that the forward writes for each, the losses' sums, and
-// the coefficients of the gradients. GroupSums as ForwardArgs::write_row and row_gradient.
-template <typename scalar_t, typename acc_t>
-void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
-                 TileRows<acc_t>& rows, GroupSums& sums) {
-  alignas(64) acc_t loss[kMaxTileRows];
-  alignas(64) acc_t cross_entropy[kMaxTileRows];
-  const auto num_classes = static_cast<acc_t>(args.layout.num_classes);
-  const auto divisor = [&](RowKind kind) {
-    return static_cast<acc_t>(reduction_divisor(args.reduction, kind, counts));
-  };
-  const acc_t inlier_divisor = divisor(RowKind::kInlier);
-  const acc_t outlier_divisor = divisor(RowKind::kOutlier);
-#pragma omp simd
-  for (int64_t i = 0; i < rows.padded; ++i) {
-    const bool outlier = rows.label[i] == kOutlier;
-    const acc_t weight = rows.weight[i];
-    const auto row_loss =
-        RowLoss<acc_t>::of_row(rows.active[i] != acc_t(0), outlier, weight, log_of(rows.sum_exp[i]),
-                               rows.at_label[i] - rows.max[i], rows.sum_shifted[i] / num_classes);
-    loss[i] = row_loss.loss;
-    cross_entropy[i] = row_loss.cross_entropy;
-    const acc_t scale = weight / select(outlier, outlier_divisor, inlier_divisor);
-    const auto gradient =
-        GradientCoefficients<acc_t>::of_row(weight, outlier, rows.sum_exp[i], scale, num_classes);
-    rows.factor[i] = gradient.factor;
-    rows.offset[i] = gradient.offset;
-  }
-
-  double inliers = 0;
-  double outliers = 0;
-#pragma omp simd reduction(+ : inliers, outliers)
-  for (int64_t i = 0; i < rows.size; ++i) {
-    inliers += static_cast<double>(select(rows.label[i] >= 0, loss[i], acc_t(0)));
-    outliers += static_cast<double>(select(rows.label[i] >= 0, acc_t(0), loss[i]));
-  }
-  sums.inliers = inliers;
-  sums.outliers = outliers;
-
-  if (args.row_loss != nullptr) {
-    std::copy_n(loss, rows.size, args.row_loss + rows.first);
-  }
-  if (args.row_cross_entropy != nullptr) {
-    std::copy_n(cross_entropy, rows.size, args.row_cross_entropy + rows.first);
-  }
-  if (args.row_max != nullptr) {
-    acc_t* max = args.row_max + rows.first;
-    acc_t* sum_exp = args.row_sum_exp + rows.first;
-#pragma omp simd
-    for (int64_t i = 0; i < rows.size; ++i) {
-      max[i] = select(rows.active[i] != acc_t(0), rows.max[i], acc_t(0));
-      sum_exp[i] = select(rows.active[i] != acc_t(0), rows.sum_exp[i], acc_t(0));
-    }
-  }
-}
-
-template <typename acc_t>
-void clear_statistics(TileRows<acc_t>& rows) {
-  std::fill_n(rows.max, rows.padded, std::numeric_limits<acc_t>::lowest());
-  std::fill_n(rows.sum_exp, rows.padded, acc_t(0));
-  std::fill_n(rows.sum_shifted, rows.padded, acc_t(0));
-  std::fill_n(rows.at_label, rows.padded, acc_t(0));
-}
-
 // ---- Logits as [class][row] in scratch
 
 // Loads a tile, without the logits that are not to be looked at.
 template <typename scalar_t, typename acc_t>
-void load_active(const TileView<const scalar_t>& logits, const Tile<acc_t>& tile,
-                 TileRows<acc_t>& rows) {
-  load_tile(logits, tile, rows);
+void load_active(const TileView<const scalar_t>& logits, const TileRows<acc_t>& rows,
+                 const Tile<acc_t>& tile) {
+  load_tile(logits, rows, tile);
   if (!rows.all_active) {
     clear_rows(tile, rows.padded, rows.active);
   }
@@ -109,7 +46,8 @@ void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
                         GroupSums& sums) {
   const int64_t num_classes = args.layout.num_classes;
   const Tile<acc_t> tile{scratch, tiling.tile_rows, num_classes};
-  load_active(TileView<const scalar_t>(args.logits, args.layout, rows.first), tile, rows);
+  load_active(TileView<const scalar_t>(args.logits, args.layout, rows.first), rows, tile);
+  raise_maxima(tile, rows);
   find_logits_at_labels(tile, 0, rows);
   if (num_classes <= kSumClasses) {
     add_exponentials(tile, rows, nullptr);
@@ -132,7 +70,7 @@ void for_each_chunk(const scalar_t* logits, const RowLayout& layout, const Tilin
   for (int64_t cls = 0; cls < layout.num_classes; cls += tiling.chunk_classes) {
     const int64_t size = std::min(tiling.chunk_classes, layout.num_classes - cls);
     const Tile<acc_t> tile{scratch, tiling.tile_rows, size};
-    load_active(view.from_class(cls), tile, rows);
+    load_active(view.from_class(cls), rows, tile);
     use(tile, cls);
   }
 }
@@ -156,7 +94,10 @@ template <typename scalar_t, typename acc_t>
 void forward_in_chunks(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                        GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows, GroupSums& sums) {
   for_each_chunk(args.logits, args.layout, tiling, scratch, rows,
-                 [&](const auto& tile, int64_t cls) { find_logits_at_labels(tile, cls, rows); });
+                 [&](const auto& tile, int64_t cls) {
+                   raise_maxima(tile, rows);
+                   find_logits_at_labels(tile, cls, rows);
+                 });
   WideSums wide;
   for_each_chunk(args.logits, args.layout, tiling, scratch, rows,
                  [&](const auto& tile, int64_t) { add_exponentials(tile, rows, &wide); });
@@ -280,25 +221,7 @@ TaskResult backward_tile(const BackwardArgs<scalar_t, acc_t>& args, const Tiling
   if (result.bad_row >= 0) {
     return result;
   }
-  clear_statistics(rows);
-  const auto num_classes = static_cast<acc_t>(args.layout.num_classes);
-  const GroupCounts counts = args.group_counts();
-  for (int64_t i = 0; i < rows.size; ++i) {
-    if (rows.weight[i] == acc_t(0)) {
-      rows.max[i] = rows.factor[i] = rows.offset[i] = 0;
-      continue;
-    }
-    rows.max[i] = args.row_max[rows.first + i];
-    rows.sum_exp[i] = args.row_sum_exp[rows.first + i];
-    const bool outlier = rows.label[i] == kOutlier;
-    const RowKind kind = outlier ? RowKind::kOutlier : RowKind::kInlier;
-    const auto divisor = static_cast<acc_t>(reduction_divisor(args.reduction, kind, counts));
-    const auto gradient = GradientCoefficients<acc_t>::of_row(
-        rows.weight[i], outlier, rows.sum_exp[i],
-        rows.weight[i] * args.grad[rows.first + i] / divisor, num_classes);
-    rows.factor[i] = gradient.factor;
-    rows.offset[i] = gradient.offset;
-  }
+  restore_rows(args, rows);
   if (!tiling.long_rows) {
     write_gradients_in_chunks(args.logits, args.layout, args.grad_logits, args.grad_layout, tiling,
                               /*may_lack_weight=*/false, scratch, rows);
