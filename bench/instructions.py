@@ -6,7 +6,8 @@ autograd and the kernel, on one thread and, since valgrind knows no AVX-512, wit
 
     python bench/instructions.py            # fails where a case takes 5 % more than recorded
     python bench/instructions.py --record   # rewrites bench/instructions.json
-    python bench/instructions.py --slopes   # what one more logit, or one more pixel, takes
+    python bench/instructions.py --slopes   # what one more logit, or one more pixel, takes, at each
+                                            # level; fails where a loop is not made of vectors
 """
 
 from __future__ import annotations
@@ -37,14 +38,16 @@ CASES = {
     "32x1000 bfloat16": ((32, 1000), torch.bfloat16),
     "2x19x32x32 float32": ((2, 19, 32, 32), torch.float32),
 }
+LEVELS = ["avx2", "default"]
 # Pairs of calls that differ in nothing but their size: what the larger takes beyond the smaller,
-# over the logits (or positions) that it has beyond it.
+# over the logits (or positions) that it has beyond it; and how many instructions that may be, at
+# each level. One loop that is left to single numbers takes several times as many.
 SLOPES = {
-    "a logit of a long row": ((64, 2000), (64, 4000), 1),
-    "a logit of 150-class pixels": ((1, 150, 64, 64), (1, 150, 64, 128), 1),
-    "a logit of 19-class pixels": ((1, 19, 64, 64), (1, 19, 64, 128), 1),
-    "a 2-class pixel": ((8, 2, 64, 64), (8, 2, 64, 128), 2),
-    "a row of 10 classes": ((384, 10), (768, 10), 10),
+    "a logit of a long row": ((64, 2000), (64, 4000), 1, (6, 16)),
+    "a logit of 150-class pixels": ((1, 150, 64, 64), (1, 150, 64, 128), 1, (8, 19)),
+    "a logit of 19-class pixels": ((1, 19, 64, 64), (1, 19, 64, 128), 1, (10, 24)),
+    "a 2-class pixel": ((8, 2, 64, 64), (8, 2, 64, 128), 2, (55, 125)),
+    "a row of 10 classes": ((384, 10), (768, 10), 10, (170, 370)),
 }
 SLOPE_CASES = {str(shape): (shape, torch.float32) for pair in SLOPES.values() for shape in pair[:2]}
 CALLS = 20
@@ -81,8 +84,8 @@ def count_here(cases: Cases) -> None:
         requests.stop(name.encode())
 
 
-def count(cases: Cases, here: str) -> dict[str, int]:
-    """The instructions of one call of each case."""
+def count(cases: Cases, here: str, level: str = "avx2") -> dict[str, int]:
+    """The instructions of one call of each case, with the kernels of that level."""
     BUILD.mkdir(parents=True, exist_ok=True)
     for old in BUILD.glob("counts.*"):
         old.unlink()
@@ -93,7 +96,7 @@ def count(cases: Cases, here: str) -> dict[str, int]:
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
     command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "-q"]
     command += [f"--callgrind-out-file={BUILD / 'counts'}", sys.executable, __file__, here]
-    environment = os.environ | {"PYTHONHASHSEED": "0", "ATEN_CPU_CAPABILITY": "avx2"}
+    environment = os.environ | {"PYTHONHASHSEED": "0", "ATEN_CPU_CAPABILITY": level}
     subprocess.run(["setarch", "-R", *command], check=True, env=environment)
     counts = {}
     for dump in BUILD.glob("counts.*"):
@@ -138,14 +141,21 @@ def compare(counts: dict[str, int], recorded: dict[str, int]) -> tuple[list[str]
     return lines, is_good
 
 
-def slopes() -> list[str]:
-    """A row of a table for each pair."""
-    counts = count(SLOPE_CASES, "--slopes-here")
-    lines = ["| one more | instructions |", "| --- | --- |"]
-    for name, (small, large, divisor) in SLOPES.items():
-        more = counts[str(large)] - counts[str(small)]
-        lines.append(f"| {name} | {more * divisor / (math.prod(large) - math.prod(small)):.2f} |")
-    return lines
+def slopes() -> tuple[list[str], bool]:
+    """A row of a table for each pair, and whether none takes more than it may."""
+    counts = {level: count(SLOPE_CASES, "--slopes-here", level) for level in LEVELS}
+    lines = [f"| one more | {' | '.join(LEVELS)} |", "| --- |" + " --- |" * len(LEVELS)]
+    is_good = True
+    for name, (small, large, divisor, limits) in SLOPES.items():
+        cells = []
+        for level, limit in zip(LEVELS, limits, strict=True):
+            more = counts[level][str(large)] - counts[level][str(small)]
+            instructions = more * divisor / (math.prod(large) - math.prod(small))
+            is_good &= instructions <= limit
+            verdict = "" if instructions <= limit else f", more than {limit}"
+            cells.append(f"{instructions:.2f}{verdict}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines, is_good
 
 
 def main() -> int:
@@ -161,8 +171,9 @@ def main() -> int:
         count_here(CASES if args.here else SLOPE_CASES)
         return 0
     if args.slopes:
-        print("\n".join(slopes()))
-        return 0
+        lines, is_good = slopes()
+        print("\n".join(lines))
+        return 0 if is_good else 1
     now = environment()
     recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     if not args.record and recorded.get("environment") != now:

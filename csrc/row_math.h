@@ -179,16 +179,16 @@ C10_HOST_DEVICE acc_t logit_gradient(acc_t exp_shifted, acc_t inverse_sum, acc_t
 
 // The same in two coefficients for the whole row: exp_shifted * factor - offset, and at the label
 // of an inlier, whose q is 1, (exp_shifted - sum_exp) * factor. Both are 0 in a row without a
-// weight.
+// weight, and both are quotients: they cancel where all logits of an outlier are equal.
 template <typename acc_t>
 struct GradientCoefficients {
   acc_t factor;
   acc_t offset;
 
   C10_HOST_DEVICE static GradientCoefficients of_row(acc_t weight, bool outlier, acc_t sum_exp,
-                                                     acc_t scale, acc_t uniform) {
+                                                     acc_t scale, acc_t num_classes) {
     return {select(weight != acc_t(0), scale / sum_exp, acc_t(0)),
-            select(outlier & (weight != acc_t(0)), scale * uniform, acc_t(0))};
+            select(outlier & (weight != acc_t(0)), scale / num_classes, acc_t(0))};
   }
 };
 

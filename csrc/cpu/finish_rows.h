@@ -22,7 +22,6 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
   alignas(64) acc_t loss[kMaxTileRows];
   alignas(64) acc_t cross_entropy[kMaxTileRows];
   const auto num_classes = static_cast<acc_t>(args.layout.num_classes);
-  const acc_t uniform = acc_t(1) / num_classes;
   const auto divisor = [&](RowKind kind) {
     return static_cast<acc_t>(reduction_divisor(args.reduction, kind, counts));
   };
@@ -39,7 +38,7 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
     cross_entropy[i] = row_loss.cross_entropy;
     const acc_t scale = weight / select(outlier, outlier_divisor, inlier_divisor);
     const auto gradient =
-        GradientCoefficients<acc_t>::of_row(weight, outlier, rows.sum_exp[i], scale, uniform);
+        GradientCoefficients<acc_t>::of_row(weight, outlier, rows.sum_exp[i], scale, num_classes);
     rows.factor[i] = gradient.factor;
     rows.offset[i] = gradient.offset;
   }
@@ -75,7 +74,7 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
 template <typename scalar_t, typename acc_t>
 void restore_rows(const BackwardArgs<scalar_t, acc_t>& args, TileRows<acc_t>& rows) {
   clear_statistics(rows);
-  const acc_t uniform = acc_t(1) / static_cast<acc_t>(args.layout.num_classes);
+  const auto num_classes = static_cast<acc_t>(args.layout.num_classes);
   const GroupCounts counts = args.group_counts();
   for (int64_t i = 0; i < rows.size; ++i) {
     if (rows.weight[i] == acc_t(0)) {
@@ -89,7 +88,7 @@ void restore_rows(const BackwardArgs<scalar_t, acc_t>& args, TileRows<acc_t>& ro
     const auto divisor = static_cast<acc_t>(reduction_divisor(args.reduction, kind, counts));
     const auto gradient = GradientCoefficients<acc_t>::of_row(
         rows.weight[i], outlier, rows.sum_exp[i],
-        rows.weight[i] * args.grad[rows.first + i] / divisor, uniform);
+        rows.weight[i] * args.grad[rows.first + i] / divisor, num_classes);
     rows.factor[i] = gradient.factor;
     rows.offset[i] = gradient.offset;
   }
