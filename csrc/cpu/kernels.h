@@ -18,6 +18,8 @@ constexpr int64_t kMaxTileRows = 256;
 // Rows of a tile are a multiple of this, the lanes of the widest vector, with some that do not
 // count behind the last ones.
 constexpr int64_t kTileRowsStep = 16;
+// A few cache lines of each class, and enough for loops whose vectors are unrolled.
+constexpr int64_t kMinTileRows = 64;
 // What a tile of few classes, or of pixels, keeps in cache.
 constexpr int64_t kScratchBytes = 256 * 1024;
 // Of contiguous rows, from this many classes on, each is walked by itself.
@@ -41,7 +43,7 @@ struct Tiling {
       chunk_classes = tile_rows * num_classes <= scratch_elements ? num_classes : 0;
     } else {
       const int64_t rows = scratch_elements / num_classes / kTileRowsStep * kTileRowsStep;
-      tile_rows = between(kTileRowsStep, rows, kMaxTileRows);
+      tile_rows = between(kMinTileRows, rows, kMaxTileRows);
       chunk_classes = between(1, scratch_elements / tile_rows, num_classes);
     }
     tiles_per_outer = (num_inner + tile_rows - 1) / tile_rows;
