@@ -57,7 +57,7 @@ ForwardResult differentiable_forward(c10::DispatchKeySet keys, const at::Tensor&
 ForwardResult forward_autograd(c10::DispatchKeySet keys, const at::Tensor& logits,
                                const at::Tensor& target, double alpha,
                                const OptionalTensor& alpha_tensor, std::string_view reduction,
-                               OptionalInt ignore_index, OptionalInt ood_index,
+                               OptionalSymInt ignore_index, OptionalSymInt ood_index,
                                bool unit_gradient) {
   return differentiable_forward(keys, logits, target, alpha_tensor,
                                 {alpha, std::string(reduction), ignore_index, ood_index},
@@ -87,7 +87,7 @@ at::Tensor readable_logits(const at::Tensor& logits) {
 
 at::Tensor loss_autograd(c10::DispatchKeySet keys, const at::Tensor& logits,
                          const at::Tensor& target, double alpha, std::string_view reduction,
-                         OptionalInt ignore_index, OptionalInt ood_index) {
+                         OptionalSymInt ignore_index, OptionalSymInt ood_index) {
   if (torch::autograd::compute_requires_grad(logits) || any_tangent(logits)) {
     return std::get<0>(
         differentiable_forward(keys, readable_logits(logits), target, std::nullopt,
@@ -101,8 +101,8 @@ at::Tensor loss_autograd(c10::DispatchKeySet keys, const at::Tensor& logits,
 
 at::Tensor loss_tensor_alpha_autograd(c10::DispatchKeySet keys, const at::Tensor& logits,
                                       const at::Tensor& target, const at::Tensor& alpha,
-                                      std::string_view reduction, OptionalInt ignore_index,
-                                      OptionalInt ood_index) {
+                                      std::string_view reduction, OptionalSymInt ignore_index,
+                                      OptionalSymInt ood_index) {
   if (torch::autograd::compute_requires_grad(logits, alpha) || any_tangent(logits, alpha)) {
     return std::get<0>(
         differentiable_forward(keys, readable_logits(logits), target, alpha,
@@ -119,7 +119,7 @@ at::Tensor backward_autograd(c10::DispatchKeySet keys, const at::Tensor& grad,
                              const at::Tensor& row_max, const at::Tensor& row_sum_exp,
                              const at::Tensor& counts, double alpha,
                              const OptionalTensor& alpha_tensor, std::string_view reduction,
-                             OptionalInt ignore_index, OptionalInt ood_index) {
+                             OptionalSymInt ignore_index, OptionalSymInt ood_index) {
   NodePtr<OutlierExposureLossBackwardBackward0> node;
   if (torch::autograd::compute_requires_grad(grad, logits, alpha_tensor)) {
     node = make_node<OutlierExposureLossBackwardBackward0>();

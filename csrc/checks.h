@@ -105,8 +105,10 @@ inline void check_alpha(const at::Tensor& logits, const at::Tensor& target, doub
   const c10::SymIntArrayRef to = target.sym_sizes();
   bool broadcasts = from.size() <= to.size();
   for (size_t back = 1; broadcasts && back <= from.size(); ++back) {
+    // A size that torch.compile does not know is taken to be the target's, and looked at when run.
     const c10::SymInt& size = from[from.size() - back];
-    broadcasts = size == 1 || size == to[to.size() - back];
+    broadcasts = TORCH_GUARD_OR_FALSE(size.sym_eq(1)) ||
+                 size.sym_eq(to[to.size() - back]).expect_true(__FILE__, __LINE__);
   }
   TORCH_CHECK_VALUE(broadcasts, "outlier_exposure_loss: alpha of shape ", from,
                     " does not broadcast against target of shape ", to);

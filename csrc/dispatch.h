@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/SymInt.h>
 
 #include <optional>
 #include <string_view>
@@ -9,39 +10,43 @@
 
 namespace oe_ext {
 
+// Symbolic down to the kernels: a mark may be a size, or a number that torch.compile does not know.
+// The kernels of a backend are registered with OptionalInt, for which the dispatcher asks its
+// value.
 using OptionalInt = std::optional<int64_t>;
+using OptionalSymInt = std::optional<c10::SymInt>;
 using OptionalTensor = std::optional<at::Tensor>;
 
 using LossSignature = at::Tensor(const at::Tensor& logits, const at::Tensor& target, double alpha,
-                                 std::string_view reduction, OptionalInt ignore_index,
-                                 OptionalInt ood_index);
+                                 std::string_view reduction, OptionalSymInt ignore_index,
+                                 OptionalSymInt ood_index);
 
 using LossTensorAlphaSignature = at::Tensor(const at::Tensor& logits, const at::Tensor& target,
                                             const at::Tensor& alpha, std::string_view reduction,
-                                            OptionalInt ignore_index, OptionalInt ood_index);
+                                            OptionalSymInt ignore_index, OptionalSymInt ood_index);
 
 // loss, row_cross_entropy, row_max, row_sum_exp, counts, unit_gradient
 using ForwardResult =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using ForwardSignature = ForwardResult(const at::Tensor& logits, const at::Tensor& target,
                                        double alpha, const OptionalTensor& alpha_tensor,
-                                       std::string_view reduction, OptionalInt ignore_index,
-                                       OptionalInt ood_index, bool unit_gradient);
+                                       std::string_view reduction, OptionalSymInt ignore_index,
+                                       OptionalSymInt ood_index, bool unit_gradient);
 
 using BackwardSignature = at::Tensor(const at::Tensor& grad, const at::Tensor& logits,
                                      const at::Tensor& target, const at::Tensor& row_max,
                                      const at::Tensor& row_sum_exp, const at::Tensor& counts,
                                      double alpha, const OptionalTensor& alpha_tensor,
-                                     std::string_view reduction, OptionalInt ignore_index,
-                                     OptionalInt ood_index);
+                                     std::string_view reduction, OptionalSymInt ignore_index,
+                                     OptionalSymInt ood_index);
 
 using BackwardFromUnitSignature = void(at::Tensor& unit_gradient, const at::Tensor& grad,
                                        const at::Tensor& logits, const at::Tensor& target,
                                        const at::Tensor& row_max, const at::Tensor& row_sum_exp,
                                        const at::Tensor& counts, double alpha,
                                        const OptionalTensor& alpha_tensor,
-                                       std::string_view reduction, OptionalInt ignore_index,
-                                       OptionalInt ood_index);
+                                       std::string_view reduction, OptionalSymInt ignore_index,
+                                       OptionalSymInt ood_index);
 
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload = "") {

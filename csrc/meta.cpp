@@ -18,19 +18,19 @@ at::Tensor empty_loss(const at::Tensor& logits, const at::Tensor& target, double
 }
 
 at::Tensor loss_meta(const at::Tensor& logits, const at::Tensor& target, double alpha,
-                     std::string_view reduction, OptionalInt, OptionalInt) {
+                     std::string_view reduction, OptionalSymInt, OptionalSymInt) {
   return empty_loss(logits, target, alpha, std::nullopt, reduction);
 }
 
 at::Tensor loss_tensor_alpha_meta(const at::Tensor& logits, const at::Tensor& target,
-                                  const at::Tensor& alpha, std::string_view reduction, OptionalInt,
-                                  OptionalInt) {
+                                  const at::Tensor& alpha, std::string_view reduction,
+                                  OptionalSymInt, OptionalSymInt) {
   return empty_loss(logits, target, 0.0, alpha, reduction);
 }
 
 ForwardResult forward_meta(const at::Tensor& logits, const at::Tensor& target, double alpha,
                            const OptionalTensor& alpha_tensor, std::string_view reduction,
-                           OptionalInt, OptionalInt, bool unit_gradient) {
+                           OptionalSymInt, OptionalSymInt, bool unit_gradient) {
   check_has_unit_gradient(unit_gradient, parse_reduction(reduction));
   const at::Tensor loss = empty_loss(logits, target, alpha, alpha_tensor, reduction);
   const auto per_row = [&] { return at::empty_symint(target.sym_sizes(), loss.options()); };
@@ -46,7 +46,7 @@ ForwardResult forward_meta(const at::Tensor& logits, const at::Tensor& target, d
 at::Tensor backward_meta(const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& target,
                          const at::Tensor& row_max, const at::Tensor& row_sum_exp,
                          const at::Tensor& counts, double alpha, const OptionalTensor& alpha_tensor,
-                         std::string_view reduction, OptionalInt, OptionalInt) {
+                         std::string_view reduction, OptionalSymInt, OptionalSymInt) {
   check_inputs(logits, target);
   check_alpha(logits, target, alpha, alpha_tensor);
   check_backward(grad, logits, target, row_max, row_sum_exp, counts, parse_reduction(reduction));
@@ -58,7 +58,7 @@ void backward_from_unit_meta(at::Tensor& unit_gradient, const at::Tensor& grad,
                              const at::Tensor& row_max, const at::Tensor& row_sum_exp,
                              const at::Tensor& counts, double alpha,
                              const OptionalTensor& alpha_tensor, std::string_view reduction,
-                             OptionalInt, OptionalInt) {
+                             OptionalSymInt, OptionalSymInt) {
   check_inputs(logits, target);
   check_alpha(logits, target, alpha, alpha_tensor);
   check_unit_gradient(unit_gradient, logits, parse_reduction(reduction));

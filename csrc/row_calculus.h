@@ -12,8 +12,8 @@ namespace oe_ext {
 struct LossOptions {
   double alpha = 0;
   std::string reduction;
-  OptionalInt ignore_index;
-  OptionalInt ood_index;
+  OptionalSymInt ignore_index;
+  OptionalSymInt ood_index;
 };
 
 // Every row's cross-entropy as a function that autograd knows: alpha is 1, nothing is summed.

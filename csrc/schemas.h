@@ -14,11 +14,11 @@ inline void define_operators(torch::Library& m) {
   // 0-dim alpha would otherwise turn into a number and lose its gradient.
   m.def(
       "outlier_exposure_loss.tensor_alpha(Tensor logits, Tensor target, Tensor alpha, "
-      "str reduction=\"mean\", *, int? ignore_index=None, int? ood_index=None) -> Tensor",
+      "str reduction=\"mean\", *, SymInt? ignore_index=None, SymInt? ood_index=None) -> Tensor",
       tags);
   m.def(
       "outlier_exposure_loss(Tensor logits, Tensor target, float alpha=0.5, "
-      "str reduction=\"mean\", *, int? ignore_index=None, int? ood_index=None) -> Tensor",
+      "str reduction=\"mean\", *, SymInt? ignore_index=None, SymInt? ood_index=None) -> Tensor",
       tags);
 
   // The loss with what its backward needs. Where alpha_tensor is given, it stands for alpha.
@@ -30,7 +30,7 @@ inline void define_operators(torch::Library& m) {
   //                      asked for (not for "none"); else empty
   m.def(
       "_outlier_exposure_loss_forward(Tensor logits, Tensor target, float alpha, "
-      "Tensor? alpha_tensor, str reduction, int? ignore_index, int? ood_index, "
+      "Tensor? alpha_tensor, str reduction, SymInt? ignore_index, SymInt? ood_index, "
       "bool unit_gradient) -> (Tensor loss, Tensor row_cross_entropy, Tensor row_max, "
       "Tensor row_sum_exp, Tensor counts, Tensor unit_gradient)",
       tags);
@@ -39,7 +39,7 @@ inline void define_operators(torch::Library& m) {
   m.def(
       "_outlier_exposure_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor row_max, "
       "Tensor row_sum_exp, Tensor counts, float alpha, Tensor? alpha_tensor, str reduction, "
-      "int? ignore_index, int? ood_index) -> Tensor",
+      "SymInt? ignore_index, SymInt? ood_index) -> Tensor",
       tags);
 
   // The same, in place: from the gradient for an upstream gradient of 1. Nothing is read but grad
@@ -47,7 +47,8 @@ inline void define_operators(torch::Library& m) {
   m.def(
       "_outlier_exposure_loss_backward_from_unit(Tensor(a!) unit_gradient, Tensor grad, "
       "Tensor logits, Tensor target, Tensor row_max, Tensor row_sum_exp, Tensor counts, "
-      "float alpha, Tensor? alpha_tensor, str reduction, int? ignore_index, int? ood_index) -> ()",
+      "float alpha, Tensor? alpha_tensor, str reduction, SymInt? ignore_index, SymInt? ood_index) "
+      "-> ()",
       tags);
 }
 

@@ -91,6 +91,93 @@ def test_a_new_alpha_is_not_compiled_anew(device):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+def test_a_new_mark_is_compiled_anew_once_at_most(device):
+    compiled = torch.compile(outlier_exposure_loss, fullgraph=True, backend="aot_eager")
+    logits, target = (
+        make_logits((8, 5), device=device),
+        make_target((8, 5), "inliers", device=device),
+    )
+    torch._dynamo.utils.counters.clear()
+    for mark in (0, 1, 2, 3, 4, -7):
+        for options in ({"ignore_index": mark}, {"ood_index": mark}, {"ignore_index": 9 - mark}):
+            expected = outlier_exposure_loss(logits, target, **options)
+            torch.testing.assert_close(compiled(logits, target, **options), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "two for each mark"
+
+
+def test_marks_that_are_sizes_or_numbers_of_tensors(device):
+    """Symbols of the graph, as the ignore_index of F.cross_entropy may be."""
+    logits, target = (
+        make_logits((8, 5), device=device),
+        make_target((8, 5), "inliers", device=device),
+    )
+
+    def of_size(x, y):
+        return outlier_exposure_loss(x, y, ignore_index=x.shape[1] - 1, ood_index=x.shape[1])
+
+    compiled = torch.compile(of_size, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(grad_of(compiled, logits, target), grad_of(of_size, logits, target))
+
+    def of_item(x, y, mark):
+        return outlier_exposure_loss(x, y, ignore_index=mark.item())
+
+    mark = torch.tensor(2)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(of_item, fullgraph=True, backend="aot_eager")
+        ours = grad_of(compiled, logits, target, mark)
+    torch.testing.assert_close(ours, grad_of(of_item, logits, target, mark))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("shape", "alpha_shape"), [((12, 5), (12,)), ((12, 5, 3), (12, 1)), ((12, 5, 3), (3,))]
+)
+def test_sizes_that_depend_on_data(device, shape, alpha_shape, backend):
+    """x[mask]: how many rows are left is known when it runs."""
+    logits = make_logits(shape, torch.float32, device)
+    target = make_target(shape, device=device)
+    alpha = torch.rand(alpha_shape, device=device)
+    mask = torch.arange(12, device=device) % 3 > 0
+    per_row = alpha_shape[0] == 12
+
+    def function(x, y, a, m):
+        return outlier_exposure_loss(x[m], y[m], a[m] if per_row else a, "group_mean")
+
+    results = []
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for f in (function, torch.compile(function, fullgraph=True, backend=backend)):
+            leaves = [t.detach().clone().requires_grad_() for t in (logits, alpha)]
+            loss = f(leaves[0], target, leaves[1], mask)
+            results.append((loss, *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*results)
+
+
+def test_export_of_sizes_that_depend_on_data():
+    class Model(torch.nn.Module):
+        def forward(self, x, y, a, m):
+            return outlier_exposure_loss(x[m], y[m], a[m], "group_mean")
+
+    example = (make_logits((12, 5)), make_target((12, 5)), torch.rand(12), torch.rand(12) > 0.3)
+    program = torch.export.export(Model(), example)
+    other = (*example[:3], torch.rand(12) > 0.6)
+    torch.testing.assert_close(program.module()(*other), Model()(*other))
+
+
+def test_export_with_a_mark_of_a_dynamic_size(tmp_path):
+    class Model(torch.nn.Module):
+        def forward(self, x, y):
+            return outlier_exposure_loss(x, y, ignore_index=x.shape[1] - 1)
+
+    target = make_target((8, 3))
+    classes = {1: torch.export.Dim("classes", min=3, max=50)}
+    example = (make_logits((8, 5)), target)
+    program = torch.export.export(Model(), example, dynamic_shapes=(classes, None))
+    torch.export.save(program, tmp_path / "loss.pt2")
+    logits = make_logits((8, 7))
+    for exported in (program, torch.export.load(tmp_path / "loss.pt2")):
+        torch.testing.assert_close(exported.module()(logits, target), Model()(logits, target))
+
+
 def test_what_cuda_graphs_need(device):
     """mode="reduce-overhead" records a graph: nothing in it may wait for a number, or have a shape
     that depends on one."""
