@@ -1,6 +1,5 @@
 #include "nodes.h"
 
-#include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -8,6 +7,7 @@
 
 #include <mutex>
 
+#include "sums.h"
 #include "tangents.h"
 
 namespace oe_ext {
@@ -23,7 +23,7 @@ SavedVariable save(const OptionalTensor& tensor) {
 
 // A value a position, summed to the shape and the dtype of alpha.
 at::Tensor alpha_gradient(const at::Tensor& per_row, const at::Tensor& alpha) {
-  return at::sum_to(per_row, alpha.sym_sizes()).to(alpha.scalar_type());
+  return sum_like(per_row, alpha).to(alpha.scalar_type());
 }
 
 }  // namespace
@@ -106,12 +106,13 @@ variable_list OutlierExposureLossBackward0::apply(variable_list&& grads) {
     result[0] = logits_gradient(grad, logits, target, counts, alpha);
   }
   if (alpha.has_value() && task_should_compute_output(1)) {
-    const bool needs_history = at::GradMode::is_enabled() || any_tangent(logits);
-    const at::Tensor cross_entropy = needs_history ? row_cross_entropy(logits, target, options_)
-                                                   : saved_[kRowCrossEntropy].unpack();
     const RowScales scales(logits, target, counts, alpha, options_);
+    const bool needs_history = at::GradMode::is_enabled() || any_tangent(logits);
+    const at::Tensor cross_entropy = needs_history
+                                         ? scales.outlier_cross_entropy(logits)
+                                         : scales.of_outliers(saved_[kRowCrossEntropy].unpack());
     result[1] =
-        alpha_gradient(scales.where_outlier(scales.alpha_scale * grad * cross_entropy), *alpha);
+        alpha_gradient(scales.alpha_scale * scales.of_outliers(grad) * cross_entropy, *alpha);
   }
   return result;
 }
@@ -133,15 +134,15 @@ variable_list OutlierExposureLossBackwardBackward0::apply(variable_list&& grads)
   const RowCalculus rows(logits, saved_[kTarget].unpack(), saved_[kCounts].unpack(), alpha,
                          options_);
   if (task_should_compute_output(0)) {
-    result[0] = rows.reduce(rows.where_weighed(rows.scale * rows.cross_entropy_along(direction)));
+    result[0] = rows.reduce(rows.scale * rows.cross_entropy_along(direction));
   }
   if (task_should_compute_output(1)) {
-    result[1] = rows.where_weighed((rows.scale * grad).unsqueeze(1) * rows.softmax_along(direction))
+    result[1] = rows.times_softmax_along(rows.scale * rows.of_rows(grad), direction)
                     .to(logits.scalar_type());
   }
   if (alpha.has_value() && task_should_compute_output(2)) {
     result[2] = alpha_gradient(
-        rows.where_outlier(rows.alpha_scale * grad * rows.cross_entropy_along(direction)), *alpha);
+        rows.alpha_scale * rows.of_rows(grad) * rows.cross_entropy_along(direction), *alpha);
   }
   return result;
 }

@@ -9,33 +9,28 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <limits>
+#include <vector>
+
+#include "sums.h"
+
 namespace oe_ext {
 namespace {
 
 constexpr int64_t kClassAxis = 1;
 
-// [C, 1, ..., 1], to compare with labels of shape [N, 1, d1, ..., dk].
-at::Tensor class_numbers(const at::Tensor& logits) {
-  at::Tensor classes = at::arange(logits.sym_size(kClassAxis), logits.options().dtype(at::kLong));
-  for (int64_t dim = 2; dim < logits.dim(); ++dim) {
-    classes = classes.unsqueeze(-1);
-  }
-  return classes;
+at::Tensor where_or_zero(const at::Tensor& mask, const at::Tensor& values) {
+  return at::where(mask, values, at::zeros({}, values.options()));
 }
 
-// A mask of rows keeps values of rows, or of logits.
-at::Tensor keep_rows(const at::Tensor& mask, const at::Tensor& values) {
-  return at::where(values.dim() > mask.dim() ? mask.unsqueeze(kClassAxis) : mask, values,
-                   at::zeros({}, values.options()));
+// A copy where they do not lie so, in which each sum over classes is one over neighbours.
+at::Tensor with_classes_last(const at::Tensor& like_logits) {
+  return like_logits.movedim(kClassAxis, -1).contiguous();
 }
+
+at::Tensor with_classes_second(const at::Tensor& values) { return values.movedim(-1, kClassAxis); }
 
 }  // namespace
-
-at::Tensor row_cross_entropy(const at::Tensor& logits, const at::Tensor& target,
-                             const LossOptions& options) {
-  return loss_operator().call(logits, target, /*alpha=*/1.0, "none", options.ignore_index,
-                              options.ood_index);
-}
 
 RowScales::RowScales(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& counts,
                      const OptionalTensor& alpha_tensor, const LossOptions& options) {
@@ -53,60 +48,101 @@ RowScales::RowScales(const at::Tensor& logits, const at::Tensor& target, const a
 
   const at::Tensor one = at::scalar_tensor(1, logits.options().dtype(dtype));
   const at::Tensor zero = at::zeros_like(one);
+  // A group without members divides nothing, but what it would divide by must be finite. With an
+  // axis for each of the target's: of 0-dim tensors vmap asks the first sample, and there may be
+  // none.
+  const auto per_member = [&](const at::Tensor& count) {
+    const std::vector<int64_t> ones(target.dim(), 1);
+    return count.clamp_min(1).to(dtype).reciprocal().reshape(ones);
+  };
   at::Tensor inlier_scale = one;
   at::Tensor outlier_scale = one;
   if (reduction == Reduction::kMean) {
-    inlier_scale = outlier_scale = counts.sum().to(dtype).reciprocal();
+    inlier_scale = outlier_scale = per_member(counts.sum());
   } else if (reduction == Reduction::kGroupMean) {
-    inlier_scale = counts.select(0, 0).to(dtype).reciprocal();
-    outlier_scale = counts.select(0, 1).to(dtype).reciprocal();
+    inlier_scale = per_member(counts.select(0, 0));
+    outlier_scale = per_member(counts.select(0, 1));
   }
-  const at::Tensor alpha =
-      alpha_tensor.has_value() ? alpha_tensor->to(dtype) : one.mul(options.alpha);
-  // where(), not products: the reciprocal is inf in a group without members
+  const at::Tensor alpha = alpha_tensor.has_value() ? repeat_like(alpha_tensor->to(dtype), target)
+                                                    : one.mul(options.alpha);
+  if (alpha_tensor.has_value()) {
+    weightless_ = alpha.eq(0);
+  }
   alpha_scale = at::where(outlier_, outlier_scale, zero);
-  const at::Tensor outlier_weighs = outlier_.logical_and(alpha.ne(0));
-  scale =
-      at::where(inlier_, inlier_scale, at::where(outlier_weighs, alpha.mul(outlier_scale), zero));
+  scale = at::where(inlier_, inlier_scale, at::where(outlier_, alpha.mul(outlier_scale), zero));
 }
 
 at::Tensor RowScales::reduce(const at::Tensor& per_row) const {
-  return reduces_ ? per_row.sum() : per_row;
+  return reduces_ ? sum_from_axis(per_row, 0) : per_row;
 }
 
-at::Tensor RowScales::where_weighed(const at::Tensor& values) const {
-  return keep_rows(scale.ne(0), values);
+at::Tensor RowScales::of_outliers(const at::Tensor& values) const {
+  return where_or_zero(outlier_, repeat_like(values, outlier_));
 }
 
-at::Tensor RowScales::where_outlier(const at::Tensor& values) const {
-  return keep_rows(outlier_, values);
+at::Tensor RowScales::silent(const at::Tensor& logits) const {
+  if (!weightless_.defined()) {
+    return at::Tensor();
+  }
+  const at::Tensor has_softmax = logits.detach().amax(kClassAxis).isfinite();
+  return outlier_.logical_and(weightless_).logical_and(has_softmax.logical_not());
+}
+
+at::Tensor RowScales::outlier_cross_entropy(const at::Tensor& logits) const {
+  constexpr int64_t kOutlier = -1;
+  constexpr int64_t kIgnored = 0;
+  const at::Tensor silent_rows = silent(logits);
+  const bool has_silent = silent_rows.defined();
+  const at::Tensor seen = has_silent ? outlier_.logical_and(silent_rows.logical_not()) : outlier_;
+  const at::Tensor labels = at::zeros_like(label_).masked_fill(seen, kOutlier);
+  const at::Tensor cross_entropy =
+      loss_operator().call(logits, labels, /*alpha=*/1.0, "none", kIgnored, /*ood_index=*/kOutlier);
+  return has_silent
+             ? cross_entropy.masked_fill(silent_rows, std::numeric_limits<double>::quiet_NaN())
+             : cross_entropy;
 }
 
 RowCalculus::RowCalculus(const at::Tensor& logits, const at::Tensor& target,
                          const at::Tensor& counts, const OptionalTensor& alpha_tensor,
                          const LossOptions& options)
     : RowScales(logits, target, counts, alpha_tensor, options) {
-  // An alpha of 0 that is a tensor still has a gradient, which looks at the logits.
-  const bool outliers_count = alpha_tensor.has_value() || options.alpha != 0;
-  const at::Tensor counted =
-      (outliers_count ? inlier_.logical_or(outlier_) : inlier_).unsqueeze(kClassAxis);
-  const at::Tensor zero = at::zeros({}, scale.options());
-  const at::Tensor x = at::where(counted, logits.to(scale.scalar_type()), zero);
-  softmax = at::where(counted, at::softmax(x, kClassAxis), zero);
-  const at::Tensor one_hot =
-      class_numbers(logits).eq(label_.unsqueeze(kClassAxis)).to(scale.scalar_type());
-  const at::Tensor uniform = at::ones({}, scale.options()) / logits.sym_size(kClassAxis);
-  const at::Tensor q = at::where(outlier_.unsqueeze(kClassAxis), uniform, one_hot);
-  residual = at::where(counted, softmax - q, zero);
+  counted_ = inlier_;
+  if (alpha_tensor.has_value()) {
+    counted_ = inlier_.logical_or(outlier_).logical_and(silent(logits).logical_not());
+  } else if (options.alpha != 0) {
+    counted_ = inlier_.logical_or(outlier_);
+  }
+  const at::Tensor x = part_of(logits);
+  softmax_ = where_or_zero(counted_.unsqueeze(-1), at::softmax(x, -1));
+  const at::Tensor classes =
+      at::arange(logits.sym_size(kClassAxis), logits.options().dtype(at::kLong));
+  const at::Tensor one_hot = classes.eq(label_.unsqueeze(-1)).to(x.scalar_type());
+  const at::Tensor uniform = at::ones({}, x.options()) / logits.sym_size(kClassAxis);
+  const at::Tensor q = at::where(outlier_.unsqueeze(-1), uniform, one_hot);
+  residual_ = where_or_zero(counted_.unsqueeze(-1), softmax_ - q);
+}
+
+at::Tensor RowCalculus::part_of(const at::Tensor& like_logits) const {
+  return where_or_zero(counted_.unsqueeze(-1),
+                       with_classes_last(like_logits.to(scale.scalar_type())));
+}
+
+at::Tensor RowCalculus::of_rows(const at::Tensor& values) const {
+  return where_or_zero(counted_, repeat_like(values, counted_));
 }
 
 at::Tensor RowCalculus::cross_entropy_along(const at::Tensor& v) const {
-  return (residual * v.to(residual.scalar_type())).sum(kClassAxis);
+  return sum_from_axis(residual_ * part_of(v), label_.dim());
 }
 
-at::Tensor RowCalculus::softmax_along(const at::Tensor& v) const {
-  const at::Tensor direction = v.to(softmax.scalar_type());
-  return softmax * (direction - (softmax * direction).sum(kClassAxis, /*keepdim=*/true));
+at::Tensor RowCalculus::times_residual(const at::Tensor& factor) const {
+  return with_classes_second(factor.unsqueeze(-1) * residual_);
+}
+
+at::Tensor RowCalculus::times_softmax_along(const at::Tensor& factor, const at::Tensor& v) const {
+  const at::Tensor direction = part_of(v);
+  const at::Tensor mean = sum_from_axis(softmax_ * direction, label_.dim()).unsqueeze(-1);
+  return with_classes_second(factor.unsqueeze(-1) * softmax_ * (direction - mean));
 }
 
 }  // namespace oe_ext

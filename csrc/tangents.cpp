@@ -28,12 +28,11 @@ at::Tensor loss_tangent(const at::Tensor& logits, const at::Tensor& target,
   const RowCalculus rows(x, target, counts, primal_of(alpha_tensor), options);
   at::Tensor per_row;
   if (logits_tangent.defined()) {
-    per_row = rows.where_weighed(rows.scale * rows.cross_entropy_along(logits_tangent));
+    per_row = rows.scale * rows.cross_entropy_along(logits_tangent);
   }
   if (alpha_tangent.defined()) {
-    per_row = add_defined(
-        per_row, rows.where_outlier(rows.alpha_scale * alpha_tangent.to(rows.scale.scalar_type()) *
-                                    row_cross_entropy(x, target, options)));
+    const at::Tensor of_alpha = rows.of_outliers(alpha_tangent.to(rows.scale.scalar_type()));
+    per_row = add_defined(per_row, rows.alpha_scale * of_alpha * rows.outlier_cross_entropy(x));
   }
   return rows.reduce(per_row);
 }
@@ -48,17 +47,15 @@ at::Tensor backward_tangent(const at::Tensor& grad, const at::Tensor& logits,
   const RowCalculus rows(primal_of(logits), target, counts, primal_of(alpha_tensor), options);
   at::Tensor tangent;
   if (logits_tangent.defined()) {
-    tangent = rows.where_weighed((rows.scale * upstream).unsqueeze(1) *
-                                 rows.softmax_along(logits_tangent));
+    tangent = rows.times_softmax_along(rows.scale * rows.of_rows(upstream), logits_tangent);
   }
   if (grad_tangent.defined()) {
-    tangent = add_defined(
-        tangent, rows.where_weighed((rows.scale * grad_tangent).unsqueeze(1) * rows.residual));
+    tangent = add_defined(tangent, rows.times_residual(rows.scale * rows.of_rows(grad_tangent)));
   }
   if (alpha_tangent.defined()) {
-    const at::Tensor scale =
-        rows.alpha_scale * upstream * alpha_tangent.to(rows.scale.scalar_type());
-    tangent = add_defined(tangent, rows.where_outlier(scale.unsqueeze(1) * rows.residual));
+    const at::Tensor of_alpha = rows.of_outliers(alpha_tangent.to(rows.scale.scalar_type()));
+    tangent = add_defined(
+        tangent, rows.times_residual(rows.alpha_scale * rows.of_rows(upstream) * of_alpha));
   }
   return tangent.to(logits.scalar_type());
 }

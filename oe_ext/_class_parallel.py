@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oe_ext._checks import check_arguments
+from oe_ext._sums import sum_from_axis
 from oe_ext.reference import inliers_and_outliers
 
 __all__ = ["class_parallel_outlier_exposure_loss", "reduce_rows"]
@@ -191,8 +192,8 @@ def reduce_rows(row_loss: Tensor, inlier: Tensor, outlier: Tensor, reduction: st
     if reduction == "none":
         return row_loss
     zero = torch.zeros_like(row_loss)
-    inlier_sum = torch.where(inlier, row_loss, zero).sum(dtype=torch.float64)
-    outlier_sum = torch.where(inlier, zero, row_loss).sum(dtype=torch.float64)
+    inlier_sum = sum_from_axis(torch.where(inlier, row_loss, zero).double())
+    outlier_sum = sum_from_axis(torch.where(inlier, zero, row_loss).double())
     if reduction == "sum":
         total = inlier_sum + outlier_sum
     elif reduction == "mean":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from oe_ext._checks import check_arguments
+from oe_ext._sums import sum_from_axis
 from oe_ext.reference import inliers_and_outliers
 
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
@@ -25,7 +26,11 @@ def _batch_first(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
 
 
 def _sample(tensor: Tensor, dim: int | None) -> Tensor:
-    return tensor if dim is None else tensor.select(dim, 0)
+    """One like those of the batch, which may be empty: of a shape and a dtype, without data."""
+    shape = list(tensor.shape)
+    if dim is not None:
+        del shape[dim]
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
 class _Batch:
@@ -74,24 +79,24 @@ class _Batch:
         return torch.stack([self.inlier.sum(1), self.outlier.sum(1)], dim=1)
 
     def divisors(self, reduction: str, counts: Tensor) -> Tensor:
-        """What the loss of each position is divided by; [batch, positions], or broadcast to it."""
+        """What the loss of each position is divided by; [batch, positions], or broadcast to it.
+        Never 0, also of a group without members: a derivative would see the infinity."""
         if reduction == "sum":
             return torch.ones_like(counts[:, :1])
         if reduction == "mean":
-            return counts.sum(1, keepdim=True)
-        return torch.where(self.outlier, counts[:, 1:], counts[:, :1])
+            return counts.sum(1, keepdim=True).clamp(min=1)
+        return torch.where(self.outlier, counts[:, 1:], counts[:, :1]).clamp(min=1)
 
     def reduce(self, row_loss: Tensor, reduction: str) -> Tensor:
         """The losses of the samples, from those of all rows."""
         if reduction == "none":
             return self.samples(row_loss)
         divisors = self.divisors(reduction, self.counts())
-        if self.outlier.size(1) > 0 or reduction != "mean":
-            divisors = divisors.clamp(min=1)  # 0 where all are ignored, NaN where there is nothing
-        else:
-            return row_loss.new_full((self.size,), float("nan"))
         terms = self.samples(row_loss).flatten(1).double() / divisors
-        return terms.sum(1).to(row_loss.dtype)
+        total = sum_from_axis(terms, 1)
+        if reduction == "mean" and self.outlier.size(1) == 0:
+            total = total / 0  # NaN where there is nothing; 0 where all are ignored
+        return total.to(row_loss.dtype)
 
 
 def _loss_rule(

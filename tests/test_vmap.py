@@ -119,9 +119,39 @@ def test_samples_without_counted_rows(device):
         losses = torch.vmap(loss_with(reduction))(logits, target)
         assert losses[1] == 0
         assert losses[0] > 0
-    empty = torch.vmap(loss_with("mean"))(logits[:, :0], target[:, :0])
+    nothing = logits[:, :0].clone().requires_grad_()
+    empty = torch.vmap(loss_with("mean"))(nothing, target[:, :0])
+    empty.sum().backward()  # as of any loss
     assert empty.shape == (BATCH,)
     assert empty.isnan().all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("num_rows", [5, 0])
+def test_a_batch_of_nothing(device, reduction, num_rows):
+    """Shapes as of any other batch, with each kind of alpha, and of derivatives too."""
+    logits = torch.zeros(0, num_rows, 4, dtype=torch.float64, device=device)
+    target = torch.zeros(0, num_rows, dtype=torch.int64, device=device)
+    alpha = torch.zeros(0, num_rows, dtype=torch.float64, device=device)
+    loss = loss_with(reduction)
+    shape = (0, num_rows) if reduction == "none" else (0,)
+    assert torch.vmap(loss)(logits, target).shape == shape
+    assert torch.vmap(loss)(logits, target, alpha).shape == shape
+    assert torch.vmap(loss, (0, 0, None))(logits, target, alpha.new_zeros(())).shape == shape
+    assert torch.vmap(loss, (None, 0))(logits.new_zeros(num_rows, 4), target).shape == shape
+    assert (
+        torch.vmap(loss, (1, None))(logits.movedim(0, 1), target.new_zeros(num_rows)).shape == shape
+    )
+    nested = torch.vmap(torch.vmap(loss), (0, None))(logits.new_zeros(3, 0, num_rows, 4), target)
+    assert nested.shape == (3, *shape)
+    leaf = logits.clone().requires_grad_()
+    torch.vmap(loss)(leaf, target, alpha).sum().backward()
+    assert leaf.grad.shape == leaf.shape
+    if reduction != "none":
+        in_x, in_a = torch.vmap(torch.func.grad(loss, (0, 2)))(logits, target, alpha)
+        assert (in_x.shape, in_a.shape) == (logits.shape, alpha.shape)
+        hessian = torch.vmap(torch.func.hessian(loss))(logits, target, alpha)
+        assert hessian.shape == (0, num_rows, 4, num_rows, 4)
 
 
 @pytest.mark.parametrize(
