@@ -33,6 +33,17 @@ inline at::ScalarType loss_dtype(const at::Tensor& logits) {
   return at::toOpMathType(logits.scalar_type());
 }
 
+// What to do with a target of a dtype that holds no labels.
+inline std::string_view label_advice(at::ScalarType dtype) {
+  if (at::isFloatingType(dtype)) {
+    return "; soft labels are not supported by this loss, and class numbers that are stored as "
+           "floats become labels by target.long()";
+  }
+  return dtype == at::kBool || at::isIntegralType(dtype, /*includeBool=*/false)
+             ? "; target.long() makes labels of it"
+             : "";
+}
+
 inline void check_dtypes(const at::Tensor& logits, const at::Tensor& target) {
   TORCH_CHECK_TYPE(logits.defined(), "outlier_exposure_loss: logits must be a tensor, got None");
   TORCH_CHECK_TYPE(target.defined(), "outlier_exposure_loss: target must be a tensor, got None");
@@ -45,12 +56,13 @@ inline void check_dtypes(const at::Tensor& logits, const at::Tensor& target) {
                    "got ",
                    logits.scalar_type());
   const at::ScalarType label = target.scalar_type();
-  TORCH_CHECK_TYPE(
-      label == at::kLong || label == at::kInt || label == at::kShort || label == at::kChar ||
-          label == at::kByte,
-      "outlier_exposure_loss: target must hold class labels of dtype int64, int32, int16, int8 or "
-      "uint8, got ",
-      label, at::isFloatingType(label) ? "; soft labels are not supported by this loss" : "");
+  const bool is_label_dtype = label == at::kLong || label == at::kInt || label == at::kShort ||
+                              label == at::kChar || label == at::kByte || label == at::kUInt16 ||
+                              label == at::kUInt32;
+  TORCH_CHECK_TYPE(is_label_dtype,
+                   "outlier_exposure_loss: target must hold class labels of dtype int64, int32, "
+                   "int16, int8 or uint8 (or uint16, uint32), got ",
+                   label, label_advice(label));
 }
 
 inline void check_shapes(const at::Tensor& logits, const at::Tensor& target) {
@@ -125,13 +137,25 @@ inline void check_labels(int64_t bad_row, const Labels& labels, const at::Tensor
     rest /= target.size(dim);
   }
   const LabelRule& rule = labels.rule;
-  TORCH_CHECK_INDEX(
-      false, "outlier_exposure_loss: target must hold classes in [0, ", rule.num_classes, ")",
-      rule.has_ood_index ? c10::str(", ood_index = ", rule.ood_index)
-                         : std::string(", or a negative number for an outlier"),
-      rule.has_ignore_index ? c10::str(", or ignore_index = ", rule.ignore_index) : std::string(),
-      "; got ", labels[bad_row], " at position ", at::IntArrayRef(position),
-      " (C = ", rule.num_classes, ")");
+  std::string legal = c10::str("classes in [0, ", rule.num_classes, ")");
+  if (rule.has_ood_index) {
+    legal += c10::str(", ood_index = ", rule.ood_index);
+  } else if (!labels.are_unsigned()) {
+    legal += ", or a negative number for an outlier";
+  }
+  if (rule.has_ignore_index) {
+    legal += c10::str(", or ignore_index = ", rule.ignore_index);
+  }
+  std::string advice;
+  if (!rule.has_ignore_index) {
+    advice += "; ignore_index names the label of positions that do not count";
+  }
+  if (!rule.has_ood_index) {
+    advice += "; ood_index names a label that marks outliers";
+  }
+  TORCH_CHECK_INDEX(false, "outlier_exposure_loss: target must hold ", legal, "; got ",
+                    labels[bad_row], " at position ", at::IntArrayRef(position),
+                    " (C = ", rule.num_classes, ")", advice);
 }
 
 // What the backward operator is given beside the inputs of the loss.

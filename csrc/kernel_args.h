@@ -35,12 +35,16 @@ struct RowLayout {
   }
 };
 
-enum class LabelType : int8_t { kInt64, kInt32, kInt16, kInt8, kUInt8 };
+enum class LabelType : int8_t { kInt64, kInt32, kInt16, kInt8, kUInt8, kUInt16, kUInt32 };
 
 struct Labels {
   const void* data = nullptr;  // [num_rows], contiguous
   LabelType type = LabelType::kInt64;
   LabelRule rule;
+
+  bool are_unsigned() const {
+    return type == LabelType::kUInt8 || type == LabelType::kUInt16 || type == LabelType::kUInt32;
+  }
 
   C10_HOST_DEVICE int64_t operator[](int64_t row) const {
     switch (type) {
@@ -52,6 +56,10 @@ struct Labels {
         return static_cast<const int8_t*>(data)[row];
       case LabelType::kUInt8:
         return static_cast<const uint8_t*>(data)[row];
+      case LabelType::kUInt16:
+        return static_cast<const uint16_t*>(data)[row];
+      case LabelType::kUInt32:
+        return static_cast<const uint32_t*>(data)[row];
       default:
         return static_cast<const int64_t*>(data)[row];
     }

@@ -39,6 +39,12 @@ inline Labels make_labels(const at::Tensor& contiguous_target, int64_t num_class
     case at::kByte:
       labels.type = LabelType::kUInt8;
       break;
+    case at::kUInt16:
+      labels.type = LabelType::kUInt16;
+      break;
+    case at::kUInt32:
+      labels.type = LabelType::kUInt32;
+      break;
     default:
       labels.type = LabelType::kInt64;
   }

@@ -8,7 +8,8 @@ from torch import Tensor
 IGNORE = -100
 REDUCTIONS = ["none", "sum", "mean", "group_mean"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-INT_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+INT_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8]
+INT_DTYPES += [torch.uint8, torch.uint16, torch.uint32]
 
 # By code path: one class; fewer than a vector of any dtype; a prime; one below and one above a
 # vector; around eight class blocks of 16; a row that takes a warp at most, and one that takes a

@@ -48,6 +48,10 @@ auto with_labels(const Labels& labels, const F& f) {
       return f(static_cast<const int8_t*>(labels.data));
     case LabelType::kUInt8:
       return f(static_cast<const uint8_t*>(labels.data));
+    case LabelType::kUInt16:
+      return f(static_cast<const uint16_t*>(labels.data));
+    case LabelType::kUInt32:
+      return f(static_cast<const uint32_t*>(labels.data));
     default:
       return f(static_cast<const int64_t*>(labels.data));
   }
@@ -68,11 +72,12 @@ bool rule_in(const LabelRule& rule, LabelRuleOf<Int>& narrow) {
 // Copies labels; false where Int does not hold all of them.
 template <typename Label, typename Int>
 bool copy_labels(const Label* labels, int64_t size, Int* copies) {
+  constexpr bool kFit = sizeof(Label) < sizeof(Int) || std::is_same_v<Label, Int>;
   uint64_t beyond = 0;
 #pragma omp simd reduction(| : beyond)
   for (int64_t i = 0; i < size; ++i) {
     copies[i] = static_cast<Int>(labels[i]);
-    if constexpr (sizeof(Label) > sizeof(Int)) {
+    if constexpr (!kFit) {
       beyond |= (static_cast<uint64_t>(labels[i]) + 0x80000000U) >> 32;
     }
   }

@@ -118,7 +118,8 @@ bool is_nan(T x) {
 class LabelBuffer {
  public:
   LabelBuffer(LabelType type, Shape shape, std::mt19937& random)
-      : is_unsigned_(type == LabelType::kUInt8) {
+      : is_unsigned_(type == LabelType::kUInt8 || type == LabelType::kUInt16 ||
+                     type == LabelType::kUInt32) {
     labels.type = type;
     labels.rule.num_classes = shape.classes;
     labels.rule.has_ignore_index = true;
@@ -126,9 +127,10 @@ class LabelBuffer {
     labels.rule.has_ood_index = is_unsigned_;
     labels.rule.ood_index = kOutlier;
     size_t size = sizeof(int64_t);
-    size = type == LabelType::kInt32 ? sizeof(int32_t) : size;
-    size = type == LabelType::kInt16 ? sizeof(int16_t) : size;
-    size = type == LabelType::kInt8 || is_unsigned_ ? sizeof(int8_t) : size;
+    const auto is_one_of = [type](LabelType a, LabelType b) { return type == a || type == b; };
+    size = is_one_of(LabelType::kInt32, LabelType::kUInt32) ? sizeof(int32_t) : size;
+    size = is_one_of(LabelType::kInt16, LabelType::kUInt16) ? sizeof(int16_t) : size;
+    size = is_one_of(LabelType::kInt8, LabelType::kUInt8) ? sizeof(int8_t) : size;
     memory_ = std::make_unique<char[]>(shape.rows() * size);
     labels.data = memory_.get();
     // What the type can hold, beside the marks.

@@ -19,7 +19,8 @@ constexpr size_t kEvery = 1;
 constexpr Reduction kReductions[] = {Reduction::kNone, Reduction::kSum, Reduction::kMean,
                                      Reduction::kGroupMean};
 constexpr LabelType kLabelTypes[] = {LabelType::kInt64, LabelType::kInt32, LabelType::kInt16,
-                                     LabelType::kInt8, LabelType::kUInt8};
+                                     LabelType::kInt8,  LabelType::kUInt8, LabelType::kUInt16,
+                                     LabelType::kUInt32};
 
 // Of the logits and of the gradient.
 constexpr std::pair<Layout, Layout> kLayouts[] = {

@@ -41,8 +41,10 @@ size_t bytes_of(const Labels& labels, int64_t num_rows) {
     case LabelType::kInt64:
       return num_rows * sizeof(int64_t);
     case LabelType::kInt32:
+    case LabelType::kUInt32:
       return num_rows * sizeof(int32_t);
     case LabelType::kInt16:
+    case LabelType::kUInt16:
       return num_rows * sizeof(int16_t);
     default:
       return num_rows;
