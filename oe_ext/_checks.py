@@ -1,27 +1,132 @@
-"""Checks that Python makes before the operator would: where its own would come too late, or could
-not name what the caller handed in."""
+"""Checks that Python makes before the operator would: where its own would come too late, could not
+name what the caller handed in, or would print all of it."""
 
 from __future__ import annotations
 
 import math
+import operator
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
-__all__ = ["check_alpha", "check_arguments"]
+if TYPE_CHECKING or torch.distributed.is_available():
+    from torch.distributed import ProcessGroup
+else:
+
+    class ProcessGroup:
+        """For annotations, where torch was built without distributed."""
+
+
+__all__ = [
+    "REDUCTIONS",
+    "TENSORS",
+    "WORLD",
+    "ProcessGroup",
+    "as_group",
+    "as_mark",
+    "as_number",
+    "as_reduction",
+    "check_alpha",
+    "check_arguments",
+    "check_group",
+    "check_tensors",
+]
 
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
+_NAME = "outlier_exposure_loss"
+
+REDUCTIONS = ("none", "sum", "mean", "group_mean")
+# Or what stands for one, where torch.fx traces.
+TENSORS = (Tensor, Proxy)
+# Names the group of all processes before there is one.
+WORLD = "world"
 
 
-def check_alpha(alpha: float | Tensor) -> None:
-    """For callers that make another tensor of alpha, in which the operator would not notice."""
-    if not isinstance(alpha, Tensor):
-        if not math.isfinite(alpha):
-            raise ValueError(f"outlier_exposure_loss: alpha must be a finite number, got {alpha}")
-    elif not alpha.is_floating_point():
+def _kind(value: object) -> str:
+    """What an error says of an argument: never its value, which may be a batch."""
+    return "None" if value is None else type(value).__name__
+
+
+def check_tensors(logits: object, target: object) -> None:
+    for name, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, TENSORS):
+            raise TypeError(f"{_NAME}: {name} must be a tensor, got {_kind(value)}")
+
+
+def as_reduction(reduction: object, caller: str = _NAME) -> str:
+    if reduction is None:
+        return "none"
+    if isinstance(reduction, str):
+        return str(reduction)
+    raise TypeError(
+        f"{caller}: reduction must be None or one of {', '.join(REDUCTIONS)}, "
+        f"got {_kind(reduction)}"
+    )
+
+
+def as_number(alpha: Any, caller: str = _NAME) -> float:
+    """An alpha that is no tensor."""
+    try:
+        if isinstance(alpha, str | bytes):  # of which float() would make a number
+            raise TypeError
+        number = float(alpha)
+    except (TypeError, ValueError):
         raise TypeError(
-            "outlier_exposure_loss: a tensor alpha must have a floating-point dtype, got "
-            f"{alpha.dtype}"
+            f"{caller}: alpha must be a number or a tensor, got {_kind(alpha)}"
+        ) from None
+    except OverflowError:  # an integer that no float can hold
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{caller}: alpha must be a finite number, got {number}")
+    return number
+
+
+def as_mark(name: str, mark: Any, caller: str = _NAME) -> int | None:
+    """ignore_index or ood_index. False is an integer to Python, but no label to anybody."""
+    if mark is None or type(mark) is int:
+        return mark
+    if isinstance(mark, torch.SymInt | Proxy):
+        return cast(int, mark)
+    is_bool = isinstance(mark, bool) or getattr(mark, "dtype", None) == torch.bool
+    try:
+        if not is_bool:
+            return operator.index(mark)
+    except TypeError:
+        pass
+    raise TypeError(f"{caller}: {name} must be an integer or None, got {_kind(mark)}")
+
+
+def check_group(group: ProcessGroup | str | None, caller: str = _NAME) -> None:
+    if isinstance(group, str):
+        if group != WORLD:
+            raise ValueError(
+                f"{caller}: process_group must be None, {WORLD!r} or a ProcessGroup, got {group!r}"
+            )
+    elif group is not None and not isinstance(group, ProcessGroup):
+        raise TypeError(
+            f"{caller}: process_group must be None, {WORLD!r} or a ProcessGroup, got {_kind(group)}"
+        )
+
+
+def as_group(group: ProcessGroup | str | None) -> ProcessGroup | None:
+    """The group of now that a name stands for: None where this process is alone."""
+    if not isinstance(group, str):
+        return group
+    check_group(group)
+    distributed = torch.distributed
+    shared = distributed.is_available() and distributed.is_initialized()
+    return distributed.group.WORLD if shared else None
+
+
+def check_alpha(alpha: float | Tensor, caller: str = _NAME) -> None:
+    """For callers that make another tensor of alpha, in which the operator would not notice."""
+    if not isinstance(alpha, TENSORS):
+        as_number(alpha, caller)
+    elif isinstance(alpha, Tensor) and not alpha.is_floating_point():
+        raise TypeError(
+            f"{caller}: a tensor alpha must have a floating-point dtype, got {alpha.dtype}"
         )
 
 

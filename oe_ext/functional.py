@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from oe_ext._checks import (
+    TENSORS,
+    ProcessGroup,
+    as_group,
+    as_mark,
+    as_number,
+    as_reduction,
+    check_tensors,
+)
 from oe_ext._stats import LossScores, LossStats, alpha_as_tensor, loss_with_stats
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["LossScores", "LossStats", "outlier_exposure_loss"]
 
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
-# Logits that are surely not a DTensor.
+# Logits that are surely a tensor, and not a DTensor.
 _LOCAL_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -36,7 +42,7 @@ def outlier_exposure_loss(
     *,
     ignore_index: int | None = ...,
     ood_index: int | None = ...,
-    process_group: ProcessGroup | None = ...,
+    process_group: ProcessGroup | str | None = ...,
     return_stats: Literal[False] = ...,
     return_scores: Literal[False] = ...,
 ) -> Tensor: ...
@@ -66,7 +72,7 @@ def outlier_exposure_loss(
     *,
     ignore_index: int | None = ...,
     ood_index: int | None = ...,
-    process_group: ProcessGroup | None = ...,
+    process_group: ProcessGroup | str | None = ...,
     return_stats: bool = ...,
     return_scores: bool = ...,
 ) -> Tensor | tuple[Tensor | LossStats | LossScores, ...]: ...
@@ -80,7 +86,7 @@ def outlier_exposure_loss(
     *,
     ignore_index: int | None = None,
     ood_index: int | None = None,
-    process_group: ProcessGroup | None = None,
+    process_group: ProcessGroup | str | None = None,
     return_stats: bool = False,
     return_scores: bool = False,
 ) -> Tensor | tuple[Tensor | LossStats | LossScores, ...]:
@@ -102,19 +108,25 @@ def outlier_exposure_loss(
     Args:
         logits: shape ``[N, C]`` or ``[N, C, d1, ..., dk]``; float16, bfloat16, float32 or float64.
             Any strides.
-        target: shape ``[N]`` or ``[N, d1, ..., dk]``; int64, int32, int16, int8 or uint8. A class
-            in ``[0, C)``, or a mark: a negative number is an outlier.
+        target: shape ``[N]`` or ``[N, d1, ..., dk]``; int64, int32, int16, int8, uint8, uint16 or
+            uint32. A class in ``[0, C)``, or a mark: a negative number is an outlier.
         alpha: weight of the outliers. A finite number, or a floating-point tensor that broadcasts
             against ``target`` (one weight for all, or one for each position), which gets a
-            gradient.
+            gradient: for weights that a network computes, or that other terms of the loss hold
+            back. Alone, a learnable alpha has nothing that holds it: the loss grows with it, and
+            training drives it to minus infinity.
         reduction: ``"none"`` (or ``None``): the loss of each position, 0 where it is ignored.
             ``"sum"``. ``"mean"``: the sum divided by the number of positions that are not ignored,
             inliers and outliers together. ``"group_mean"``: the mean over the inliers plus the
-            (weighted) mean over the outliers, as the paper trains; an empty group counts 0.
+            (weighted) mean over the outliers, as the paper trains; an empty group counts 0. Where
+            all positions are ignored, each is 0; ``"mean"`` of no positions at all is NaN, as
+            torch's.
         ignore_index: positions with this label count for nothing; looked at before anything else.
             Nothing is ignored by default: -100 marks an outlier as any negative number does.
         ood_index: the label that marks an outlier, instead of the negative numbers.
-        process_group: the processes that share a batch; each holds a part of it. ``"mean"`` and
+        process_group: the processes that share a batch; each holds a part of it. ``"world"`` means
+            all processes: those of the moment of the call, and this one alone before
+            ``init_process_group()``, where ``dist.group.WORLD`` is None. ``"mean"`` and
             ``"group_mean"`` then divide by the positions of all parts. The losses of the processes,
             and their gradients, average to those of the whole batch, as
             :class:`~torch.nn.parallel.DistributedDataParallel` averages them, also where the parts
@@ -122,7 +134,7 @@ def outlier_exposure_loss(
         return_stats: also return :class:`LossStats`: the mean losses, the counts and the accuracy,
             from the same pass and without a synchronisation.
         return_scores: also return :class:`LossScores`: each position's maximum softmax probability
-            and logsumexp, the scores that detectors of outliers use.
+            (low for outliers) and energy (high for outliers), by which they are detected.
 
     Logits may be a :class:`~torch.distributed.tensor.DTensor` with a sharded batch, or with sharded
     classes (see :mod:`oe_ext.distributed`).
@@ -134,13 +146,23 @@ def outlier_exposure_loss(
     Raises:
         ValueError: a rank, a shape or a reduction that is not as above, no class at all, or an
             ``alpha`` that is not finite (``torch.compile`` takes such a number as it is).
-        TypeError: a dtype that is not as above, soft labels among them.
+        TypeError: a dtype that is not as above, soft labels among them; no tensor where there must
+            be one; a mark that is no integer (False is none).
         IndexError: on the CPU, a label that is no class and no mark. On CUDA a device-side assert
             stops the kernel, as with :func:`torch.nn.functional.cross_entropy`.
     """
-    if reduction is None:
-        reduction = "none"
-    if process_group is not None or (type(logits) not in _LOCAL_TYPES and _is_dtensor(logits)):
+    if type(reduction) is not str:
+        reduction = as_reduction(reduction)
+    if ignore_index is not None and type(ignore_index) is not int:
+        ignore_index = as_mark("ignore_index", ignore_index)
+    if ood_index is not None and type(ood_index) is not int:
+        ood_index = as_mark("ood_index", ood_index)
+    is_local = type(logits) in _LOCAL_TYPES
+    if not is_local or type(target) is not Tensor:
+        check_tensors(logits, target)
+    if process_group is not None:
+        process_group = as_group(process_group)
+    if process_group is not None or (not is_local and _is_dtensor(logits)):
         if return_stats or return_scores:
             raise NotImplementedError(
                 "outlier_exposure_loss: return_stats and return_scores are of one process; "
@@ -162,10 +184,12 @@ def outlier_exposure_loss(
             logits, target, alpha, reduction, return_stats, return_scores, ignore_index, ood_index
         )
     operator = _LOSS.default
-    if isinstance(alpha, Tensor):
+    if isinstance(alpha, TENSORS):
         operator = _LOSS.tensor_alpha
     elif is_dynamo_compiling():
         operator, alpha = _LOSS.tensor_alpha, alpha_as_tensor(alpha, logits)
+    elif type(alpha) is not float:
+        alpha = as_number(alpha)
     loss: Tensor = operator(
         logits, target, alpha, reduction, ignore_index=ignore_index, ood_index=ood_index
     )

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import copy
-import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from oe_ext._checks import (
+    REDUCTIONS,
+    WORLD,
+    ProcessGroup,
+    as_group,
+    as_mark,
+    as_reduction,
+    check_alpha,
+    check_group,
+)
 from oe_ext.functional import LossScores, LossStats, outlier_exposure_loss
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["OutlierExposureLoss"]
 
-# Stands for the group of all processes. The group itself, held by a module, would outlive
-# destroy_process_group(), and its threads the interpreter, which ends such a process by an abort.
-_WORLD = "world"
-
-REDUCTIONS = ("none", "sum", "mean", "group_mean")
+_NAME = "OutlierExposureLoss"
 
 
 class OutlierExposureLoss(torch.nn.Module):
@@ -33,18 +35,23 @@ class OutlierExposureLoss(torch.nn.Module):
     Args:
         alpha: weight of the outliers: a finite number, or a tensor that broadcasts against the
             target. A :class:`torch.nn.Parameter` becomes a parameter of this module and is
-            learned; another tensor becomes a buffer.
+            learned; another tensor becomes a buffer. It may be assigned anew, also a number where
+            a tensor was.
         reduction: ``"none"`` or ``None``, ``"sum"``, ``"mean"`` or ``"group_mean"``.
         ignore_index: positions with this label count for nothing. Default: none are ignored.
         ood_index: the label that marks an outlier, instead of the negative numbers.
-        process_group: the processes that share a batch, for the global means. A copy has the same
-            group. A pickle can say "all processes", which will be those of who reads it (alone, if
-            there are no others), but no other group.
+        process_group: the processes that share a batch, for the global means. ``"world"`` means
+            all processes, as soon as there are some: a module may be built before
+            ``init_process_group()``, when ``dist.group.WORLD`` is still None, which means this
+            process alone. A copy has the same group. A pickle can say "world", which will be the
+            processes of who reads it, but no other group.
         return_stats: the module also returns :class:`oe_ext.LossStats`.
         return_scores: the module also returns :class:`oe_ext.LossScores`, of each position.
 
     Raises:
-        ValueError: a reduction that is none of the above, or a number that is not finite.
+        ValueError: a reduction or a process_group that is none of the above, or a number that is
+            not finite.
+        TypeError: an alpha that is no number and no tensor of floats, a mark that is no integer.
     """
 
     alpha: float | Tensor
@@ -56,25 +63,20 @@ class OutlierExposureLoss(torch.nn.Module):
         *,
         ignore_index: int | None = None,
         ood_index: int | None = None,
-        process_group: ProcessGroup | None = None,
+        process_group: ProcessGroup | str | None = None,
         return_stats: bool = False,
         return_scores: bool = False,
     ) -> None:
         super().__init__()
-        if reduction is not None and reduction not in REDUCTIONS:
+        if as_reduction(reduction, _NAME) not in REDUCTIONS:
             raise ValueError(
                 f"OutlierExposureLoss: reduction must be None or one of {', '.join(REDUCTIONS)}, "
                 f"got {reduction!r}"
             )
-        if not isinstance(alpha, Tensor) and not math.isfinite(alpha):
-            raise ValueError(f"OutlierExposureLoss: alpha must be a finite number, got {alpha}")
-        if isinstance(alpha, Tensor) and not isinstance(alpha, torch.nn.Parameter):
-            self.register_buffer("alpha", alpha)  # moves with the module
-        else:
-            self.alpha = alpha
+        self.alpha = alpha
         self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.ood_index = ood_index
+        self.ignore_index = as_mark("ignore_index", ignore_index, _NAME)
+        self.ood_index = as_mark("ood_index", ood_index, _NAME)
         self.process_group = process_group
         self.return_stats = return_stats
         self.return_scores = return_scores
@@ -96,6 +98,18 @@ class OutlierExposureLoss(torch.nn.Module):
             return_scores=self.return_scores,
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """alpha may be assigned anew, as a number, a tensor (a buffer, which moves with the module)
+        or a parameter, whatever it was before."""
+        if name == "alpha":
+            check_alpha(value, _NAME)
+            for place in (self.__dict__, self._buffers, self._parameters):
+                place.pop(name, None)
+            if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter):
+                self.register_buffer(name, value)
+                return
+        super().__setattr__(name, value)
+
     def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it, of children as well
         raise NotImplementedError(
             "OutlierExposureLoss cannot be compiled with torch.jit.script, which PyTorch has "
@@ -106,16 +120,16 @@ class OutlierExposureLoss(torch.nn.Module):
     @property
     def process_group(self) -> ProcessGroup | None:
         """That of all processes is the one of now: None where there are no others."""
-        if not isinstance(self._process_group, str):
-            return self._process_group
-        distributed = torch.distributed
-        shared = distributed.is_available() and distributed.is_initialized()
-        return distributed.group.WORLD if shared else None
+        return as_group(self._process_group)
 
     @process_group.setter
-    def process_group(self, group: ProcessGroup | None) -> None:
+    def process_group(self, group: ProcessGroup | str | None) -> None:
+        check_group(group, _NAME)
+        # A name stands for the group of all processes. The group itself, held by a module, would
+        # outlive destroy_process_group(), and its threads the interpreter, which ends such a
+        # process by an abort.
         is_world = group is not None and group is torch.distributed.group.WORLD
-        self._process_group: ProcessGroup | str | None = _WORLD if is_world else group
+        self._process_group: ProcessGroup | str | None = WORLD if is_world else group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OutlierExposureLoss:
         memo[id(self._process_group)] = self._process_group  # of which there is one
@@ -147,6 +161,10 @@ class OutlierExposureLoss(torch.nn.Module):
     def _switches(self) -> list[str]:
         """The settings that are seldom made, as repr shows them."""
         switches = [f"{n}=True" for n in ("return_stats", "return_scores") if getattr(self, n)]
-        if self.process_group is not None:
-            switches.append(f"process_group=<of {self.process_group.size()} processes>")
+        group = self.process_group
+        if group is not None:
+            name = f" ({WORLD!r})" if self._process_group == WORLD else ""
+            switches.append(f"process_group=<of {group.size()} processes>{name}")
+        elif self._process_group is not None:  # of processes that are still to come
+            switches.append(f"process_group={self._process_group!r}")
         return switches

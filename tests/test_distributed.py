@@ -238,7 +238,10 @@ def _module_with_a_group():
     assert copied is not module
     assert copied.process_group is dist.group.WORLD
     assert repr(copied) == repr(module)
-    assert f"process_group=<of {dist.get_world_size()} processes>" in repr(module)
+    assert f"process_group=<of {dist.get_world_size()} processes> ('world')" in repr(module)
+    named = OutlierExposureLoss(0.3, process_group="world")
+    assert named.process_group is dist.group.WORLD
+    assert repr(named) == repr(module)
     assert pickle.loads(pickle.dumps(module)).process_group is dist.group.WORLD
     part = dist.new_group([0, 1])
     module = OutlierExposureLoss(process_group=part)
@@ -261,7 +264,7 @@ def test_a_pickle_that_says_all_processes_is_read_alone(tmp_path):
     run(2, _pickled, tmp_path / "loss.pt")
     read = torch.load(tmp_path / "loss.pt", weights_only=False)
     assert read.process_group is None
-    assert repr(read) == repr(OutlierExposureLoss(0.3))
+    assert repr(read) == repr(OutlierExposureLoss(0.3, process_group="world"))
     logits, target = torch.randn(4, 3), torch.tensor([0, 1, -1, 2])
     assert torch.equal(read(logits, target), outlier_exposure_loss(logits, target, 0.3))
 

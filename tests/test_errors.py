@@ -2,8 +2,10 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
+from inputs import INT_DTYPES
 
 from oe_ext import OutlierExposureLoss, outlier_exposure_loss
 
@@ -79,7 +81,13 @@ def test_no_classes(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_soft_labels(dtype):
-    with raises(TypeError, "int64, int32, int16, int8 or uint8", "soft labels"):
+    with raises(TypeError, "int64, int32, int16, int8 or uint8", "soft labels", "target.long()"):
+        outlier_exposure_loss(LOGITS, TARGET.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint64])
+def test_integers_that_are_no_labels_hear_of_a_way_out(dtype):
+    with raises(TypeError, "target", "target.long() makes labels"):
         outlier_exposure_loss(LOGITS, TARGET.to(dtype))
 
 
@@ -104,6 +112,71 @@ def test_none():
         outlier_exposure_loss(LOGITS, None)
 
 
+LONG = list(range(20_000))
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize(
+    ("name", "bad", "got"),
+    [
+        ("target", LONG, "list"),
+        ("target", np.zeros(20_000), "ndarray"),
+        ("target", 3, "int"),
+        ("logits", {"out": LOGITS, "aux": LOGITS}, "dict"),
+        ("logits", [LOGITS], "list"),
+        ("logits", (LOGITS, LOGITS), "tuple"),
+        ("alpha", "0.5", "str"),
+        ("alpha", LONG, "list"),
+        ("alpha", None, "None"),
+        ("alpha", 1j, "complex"),
+        ("alpha", np.ones(3), "ndarray"),
+        ("reduction", LONG, "list"),
+        ("reduction", 1, "int"),
+        ("ignore_index", LONG, "list"),
+        ("ignore_index", False, "bool"),
+        ("ignore_index", "255", "str"),
+        ("ignore_index", 255.0, "float"),
+        ("ignore_index", np.bool_(True), "bool"),
+        ("ignore_index", torch.tensor(True), "Tensor"),
+        ("ignore_index", torch.tensor([0, 255]), "Tensor"),
+        ("ood_index", True, "bool"),
+        ("ood_index", "254", "str"),
+        ("ood_index", [0, 255], "list"),
+    ],
+    ids=str,
+)
+def test_an_argument_of_another_type_is_named_in_one_line(name, bad, got, stats):
+    """A TypeError that says what it is, and never what it holds."""
+    arguments = {"logits": LOGITS, "target": TARGET, name: bad}
+    with raises(TypeError, f"outlier_exposure_loss: {name} must be", f"got {got}") as error:
+        outlier_exposure_loss(**arguments, return_stats=stats)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 120
+    if name not in ("logits", "target"):
+        with raises(TypeError, f"OutlierExposureLoss: {name} must be", f"got {got}") as error:
+            OutlierExposureLoss(**{name: bad})
+        assert len(str(error.value)) < 120
+
+
+@pytest.mark.parametrize("alpha", [1, True, np.float32(1.0), np.array(1.0), np.int64(1)], ids=repr)
+def test_numbers_of_other_types(alpha):
+    expected = outlier_exposure_loss(LOGITS, TARGET - 1, 1.0)
+    assert torch.equal(outlier_exposure_loss(LOGITS, TARGET - 1, alpha), expected)
+    assert torch.equal(OutlierExposureLoss(alpha)(LOGITS, TARGET - 1), expected)
+
+
+def test_process_group():
+    for call in (
+        lambda group: OutlierExposureLoss(process_group=group),
+        lambda group: outlier_exposure_loss(LOGITS, TARGET, process_group=group),
+    ):
+        for name in ("all", "World", ""):
+            with raises(ValueError, "process_group must be None, 'world' or a", f"got {name!r}"):
+                call(name)
+    with raises(TypeError, "process_group must be None, 'world' or a", "got int"):
+        OutlierExposureLoss(process_group=3)
+
+
 def test_devices_differ():
     with raises(RuntimeError, "same device", "cpu", "meta"):
         outlier_exposure_loss(LOGITS.to("meta"), TARGET)
@@ -116,7 +189,7 @@ def test_devices_differ():
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+@pytest.mark.parametrize("dtype", INT_DTYPES)
 def test_label_out_of_range(dtype, requires_grad):
     logits = torch.zeros(2, 3, 4, requires_grad=requires_grad)
     target = torch.zeros(2, 4, dtype=dtype)
@@ -137,6 +210,19 @@ def test_label_that_is_no_class_but_for_its_last_bits(label, position):
     target[position] = label
     with raises(IndexError, f"got {label}", f"position [{position}]"):
         outlier_exposure_loss(torch.zeros(40, 3), target)
+
+
+def test_label_out_of_range_tells_of_marks_that_are_not_set():
+    """Void pixels are 255 in many data sets; no negative number fits into an unsigned label."""
+    target = torch.tensor([0, 255, 2, 1])
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.int64):
+        with raises(IndexError, "got 255", "ignore_index", "ood_index") as error:
+            outlier_exposure_loss(LOGITS, target.to(dtype))
+        assert ("negative" in str(error.value)) == (dtype == torch.int64)
+        with raises(IndexError, "got 255", "ignore_index = 1", "; ood_index names"):
+            outlier_exposure_loss(LOGITS, target.to(dtype), ignore_index=1)
+        with raises(IndexError, "got 255", "ood_index = 1", "; ignore_index names"):
+            outlier_exposure_loss(LOGITS, target.to(dtype), ood_index=1)
 
 
 def test_label_out_of_range_names_the_marks():

@@ -1,8 +1,10 @@
 """The module: arguments, repr, copies, checkpoints, a learnable alpha, and training with it."""
 
 import copy
+import inspect
 import io
 import pickle
+import typing
 
 import pytest
 import torch
@@ -75,6 +77,53 @@ def test_a_parameter_is_learned_and_saved(batch):
     other.load_state_dict(loss.state_dict())
     assert other.alpha == 0.5
     assert OutlierExposureLoss(0.5).state_dict() == {}
+
+
+@pytest.mark.parametrize("before", [0.3, torch.ones(12), torch.nn.Parameter(torch.ones(()))])
+@pytest.mark.parametrize("after", [0.7, torch.rand(12), torch.nn.Parameter(torch.tensor(0.7))])
+def test_alpha_may_become_a_number_a_buffer_or_a_parameter(batch, before, after):
+    loss = OutlierExposureLoss(before)
+    loss.alpha = after
+    expected = OutlierExposureLoss(after)
+    assert repr(loss) == repr(expected)
+    assert loss.state_dict().keys() == expected.state_dict().keys()
+    assert dict(loss.named_parameters()).keys() == dict(expected.named_parameters()).keys()
+    assert torch.equal(loss(*batch), expected(*batch))
+    assert torch.equal(copy.deepcopy(loss)(*batch), expected(*batch))
+    with pytest.raises(TypeError, match="alpha must be a number or a tensor, got str"):
+        loss.alpha = "0.5"
+    with pytest.raises(TypeError, match="alpha must have a floating-point dtype"):
+        loss.alpha = torch.tensor(1)
+    assert torch.equal(loss(*batch), expected(*batch)), "what was refused changed nothing"
+
+
+def test_all_processes_by_name(batch):
+    """Before there are any it means this one alone, and says so."""
+    loss = OutlierExposureLoss(process_group="world")
+    assert repr(loss).endswith("ood_index=None, process_group='world')")
+    assert repr(copy.deepcopy(loss)) == repr(pickle.loads(pickle.dumps(loss))) == repr(loss)
+    assert torch.equal(loss(*batch), OutlierExposureLoss()(*batch))
+    both = outlier_exposure_loss(*batch, process_group="world", return_stats=True)
+    assert torch.equal(both[0], OutlierExposureLoss()(*batch))
+
+
+def public_callables():
+    for module in (oe_ext, oe_ext.functional, oe_ext.loss, oe_ext.reference):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if callable(value):
+                yield value
+            if isinstance(value, type):
+                yield from (v for v in vars(value).values() if inspect.isfunction(v))
+                yield from (v.fget for v in vars(value).values() if isinstance(v, property))
+
+
+def test_annotations_can_be_read():
+    """By those that build command lines and checks of them."""
+    seen = [typing.get_type_hints(value) for value in public_callables()]
+    assert len(seen) > 10
+    hints = typing.get_type_hints(OutlierExposureLoss.__init__)
+    assert hints["process_group"] == torch.distributed.ProcessGroup | str | None
 
 
 def test_jit_script_is_refused_with_a_way_out():
