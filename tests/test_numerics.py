@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import LAYOUTS, REDUCTIONS, make_logits, make_target
+from inputs import IGNORE, LAYOUTS, REDUCTIONS, make_logits, make_target
 from oracles import exact, loss_and_grad, max_error
+from returned import all_returned
 
 from oe_ext import outlier_exposure_loss, reference
 
@@ -141,3 +142,36 @@ def test_the_reference_is_differentiable_in_alpha():
             lambda x, a, r=reduction: reference.outlier_exposure_loss(x, target, a, r),
             (logits, alpha),
         )
+
+
+def same_bits(actual, expected):
+    return torch.equal(actual.nan_to_num(-7.0), expected.nan_to_num(-7.0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "alpha_shape"),
+    [
+        ((200_000, 5), ()),
+        ((200_003, 3), (200_003,)),
+        ((1, 300_000), (1,)),
+        ((2, 5, 300, 301), (301,)),
+        ((50_000, 5, 7), (50_000, 1)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_the_number_of_threads_shows_in_no_bit(shape, alpha_shape, layout):
+    """Of anything that is returned. At these sizes ATen splits sums of its own among threads."""
+    logits = LAYOUTS[layout](make_logits(shape, torch.float32))
+    target, alpha = make_target(shape), torch.rand(alpha_shape)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(all_returned(logits, target, alpha, "group_mean", ignore_index=IGNORE))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        differing = [n for n, one in results[0].items() if not same_bits(other[n], one)]
+        assert differing == []

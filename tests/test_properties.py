@@ -15,6 +15,7 @@ from budgets import Results, check_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import is_read_in_place
+from returned import all_returned
 from strategies import Case, Inputs, Layout, cases, kind_of
 
 from oe_ext import outlier_exposure_loss
@@ -116,19 +117,19 @@ def test_against_the_reference_on_simt(case):
 @examples(20)
 @given(cases(max_logits=200_000), st.integers(2, 9))
 def test_any_number_of_threads_gives_the_same_bits(case, threads):
+    """All that is returned: the loss, statistics, scores, gradients of both orders, a tangent."""
     before = torch.get_num_threads()
     results = []
     try:
         for number in (1, threads):
             torch.set_num_threads(number)
-            inputs = case.make()
-            loss = loss_of(case, inputs._replace(logits=inputs.logits.requires_grad_()))
-            (grad,) = torch.autograd.grad(loss, inputs.logits, case.make_upstream(loss))
-            results.append((loss.detach(), grad))
+            results.append(all_returned(*case.make(), case.reduction, **case.marks))
     finally:
         torch.set_num_threads(before)
-    for one, many in zip(*results, strict=True):
-        assert_same_bits(many, one)
+    for name, one in results[0].items():
+        torch.testing.assert_close(
+            results[1][name], one, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @examples(120)

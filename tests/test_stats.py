@@ -2,8 +2,10 @@
 
 import io
 
+import numpy as np
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from inputs import IGNORE, REDUCTIONS, make_logits, make_target
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +28,9 @@ def expected_stats(logits, target):
         "num_inliers": inlier.sum(),
         "num_outliers": outlier.sum(),
         "inlier_accuracy": right[inlier].double().mean(),
+        "inlier_loss_sum": rows[inlier].sum(),
+        "outlier_loss_sum": rows[outlier].sum(),
+        "num_correct": right[inlier].sum(),
     }
 
 
@@ -52,7 +57,7 @@ def test_stats(device, shape, reduction, dtype, alpha):
         if name.startswith("num"):
             assert torch.equal(ours, theirs)
         else:
-            assert ours.dtype == loss.dtype
+            assert ours.dtype == (torch.float64 if name.endswith("sum") else loss.dtype)
             torch.testing.assert_close(ours.double(), theirs, **tolerance)
 
 
@@ -66,7 +71,7 @@ def test_scores(device, shape):
     exact = logits.double()
     for ours, theirs in (
         (scores.max_softmax, exact.softmax(1).amax(1)),
-        (scores.energy, exact.logsumexp(1)),
+        (scores.energy, -exact.logsumexp(1)),
     ):
         assert ours.shape == target.shape
         torch.testing.assert_close(ours[counted].double(), theirs[counted], rtol=1e-6, atol=1e-6)
@@ -80,6 +85,152 @@ def test_what_there_is_none_of(device):
     assert stats.inlier_loss.isnan()
     assert stats.inlier_accuracy.isnan()
     assert (stats.num_inliers, stats.num_outliers) == (0, 6)
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("row", "max_softmax", "energy"),
+    [
+        ([-INF, -INF, -INF], NAN, INF),
+        ([INF, 0.0, 1.0], NAN, -INF),
+        ([INF, INF, 1.0], NAN, -INF),
+        ([INF, -INF, 1.0], NAN, -INF),
+        ([NAN, 0.0, 1.0], NAN, NAN),
+        ([0.0, -INF, -INF], 1.0, 0.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("label", [0, -1])
+def test_scores_at_the_ends(device, row, max_softmax, energy, label):
+    """As those of torch's own softmax and logsumexp."""
+    logits = torch.tensor([row, [1.0, 2.0, 3.0]], device=device)
+    target = torch.tensor([label, 0], device=device)
+    _, scores = outlier_exposure_loss(logits, target, return_scores=True)
+    expected = torch.tensor([max_softmax, energy])
+    ours = torch.stack([scores.max_softmax[0], scores.energy[0]]).cpu()
+    torch.testing.assert_close(ours, expected, equal_nan=True)
+    theirs = torch.stack([logits.softmax(1).amax(1), -logits.logsumexp(1)])
+    torch.testing.assert_close(torch.stack(scores), theirs, equal_nan=True)
+
+
+def test_which_end_of_a_score_is_an_outlier():
+    """Sure logits and unsure ones: as detectors rank them, and as pytorch-ood's EnergyBased."""
+    logits = torch.tensor([[9.0, 0.0, 0.0], [0.1, 0.0, 0.0]])
+    _, scores = outlier_exposure_loss(logits, torch.tensor([0, -1]), return_scores=True)
+    assert scores.max_softmax[0] > scores.max_softmax[1], "low for outliers"
+    assert scores.energy[0] < scores.energy[1], "high for outliers"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(300, 7), (4, 7, 9, 5)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_accuracy_is_that_of_argmax(device, shape, dtype, compiled):
+    """Where logits share the maximum, and where some are NaN or inf."""
+    rows = shape[0] * shape[2] * shape[3] if len(shape) > 2 else shape[0]
+    batches = {
+        "zeros": torch.zeros(shape),
+        "few values": torch.randint(0, 3, shape).float(),
+        "near 40": 40 + torch.randn(shape) / 10,
+        "some NaN": torch.where(torch.rand(shape) < 0.2, NAN, torch.randint(0, 3, shape).float()),
+        "some inf": torch.where(torch.rand(shape) < 0.3, INF, torch.randn(shape)),
+        "some -inf": torch.where(torch.rand(shape) < 0.6, -INF, torch.randn(shape)),
+    }
+    target = torch.randint(-1, shape[1], (rows,)).reshape(shape[0], *shape[2:]).to(device)
+    function = with_stats
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(with_stats, fullgraph=True, backend="aot_eager")
+    for name, logits in batches.items():
+        logits = logits.to(dtype).to(device)
+        stats = function(logits, target)
+        right = (logits.argmax(1) == target) & (target >= 0)
+        assert stats.num_correct == right.sum(), name
+        assert stats.inlier_accuracy == right.sum().to(stats[0].dtype) / (target >= 0).sum(), name
+
+
+def with_stats(logits, target):
+    return outlier_exposure_loss(logits, target, return_stats=True)[1]
+
+
+def test_means_of_terms_whose_sum_no_float32_can_hold(device):
+    logits = torch.tensor([[0.0, 3e38], [0.0, 3e38], [1.5e38, -1.5e38]] * 4, device=device)
+    target = torch.tensor([0, 0, -1] * 4, device=device)
+    _, stats = outlier_exposure_loss(logits, target, return_stats=True)
+    torch.testing.assert_close(stats.inlier_loss.cpu(), torch.tensor(3e38))
+    torch.testing.assert_close(stats.outlier_loss.cpu(), torch.tensor(1.5e38))
+    assert stats.inlier_loss_sum.isfinite()
+
+
+@pytest.mark.parametrize(
+    "mark", [0, np.array(0), np.int64(0), np.uint8(0), torch.tensor(0)], ids=lambda m: str(type(m))
+)
+def test_marks_of_other_integer_types(mark):
+    logits, target = make_logits((30, 4), torch.float32), torch.arange(30) % 4
+    for options in ({"ignore_index": mark}, {"ood_index": mark}):
+        plain = dict.fromkeys(options, 0)
+        ours = outlier_exposure_loss(logits, target, **options, return_stats=True)
+        theirs = outlier_exposure_loss(logits, target, **plain, return_stats=True)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+        module = OutlierExposureLoss(**options)
+        assert torch.equal(module(logits, target), theirs[0])
+
+
+def test_an_epoch_is_averaged_by_its_sums(device):
+    """Batches of different mixes, some without outliers: as one batch of all of them."""
+    batches = [
+        (make_logits((n, 4), torch.float32, device), make_target((n, 4), mix, device=device))
+        for n, mix in ((5, "inliers"), (12, "mixed"), (3, "outliers"), (7, "mixed"))
+    ]
+    total = None
+    for logits, target in batches:
+        stats = with_stats(logits, target)
+        total = stats if total is None else total.merge(stats)
+    whole = with_stats(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)
+    assert all(value.isfinite() for value in total)
+    assert [value.dtype for value in total] == [value.dtype for value in whole]
+
+
+class Head(torch.nn.Module):
+    """A model with its loss, as people trace it."""
+
+    def __init__(self, alpha):
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 4)
+        self.loss = OutlierExposureLoss(
+            alpha, ignore_index=IGNORE, return_stats=True, return_scores=True
+        )
+
+    def forward(self, x, y):
+        return self.loss(self.layer(x), y)
+
+
+@pytest.mark.parametrize("trace", ["jit.trace", "fx", "make_fx"])
+@pytest.mark.parametrize("kind", ["number", "buffer", "parameter"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_traced(trace, kind):
+    """Nothing that held for the example is baked in: neither its size nor its gradients."""
+    alpha = 0.3 if kind == "number" else torch.tensor(0.3)
+    model = Head(torch.nn.Parameter(alpha) if kind == "parameter" else alpha)
+    example = (torch.randn(6, 5), make_target((6, 4)))
+    if trace == "jit.trace":
+        with torch.no_grad():  # where no gradient is asked for
+            traced = torch.jit.trace(model, example)
+    elif trace == "fx":
+        traced = torch.fx.symbolic_trace(model)
+    else:
+        traced = torch.fx.experimental.proxy_tensor.make_fx(model)(*example)
+    batch = (torch.randn(6 if trace == "make_fx" else 9, 5), make_target((9, 4)))
+    batch = (batch[0], batch[1][: len(batch[0])])
+    ours, theirs = (torch.utils._pytree.tree_leaves(f(*batch)) for f in (traced, model))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert not any(value.requires_grad for value in ours[1:])
+    parameters = list(model.parameters())
+    grads = [torch.autograd.grad(values[0], parameters) for values in (ours, theirs)]
+    torch.testing.assert_close(*grads)
 
 
 def test_ignored_rows_may_hold_anything(device):
@@ -108,7 +259,8 @@ class LargeReads(TorchDispatchMode):
 
 
 def test_no_second_pass_and_no_synchronisation():
-    """One operator reads the logits; gather() takes one of each row. Nothing becomes a number."""
+    """One operator reads the logits; gather() takes one of each row. Nothing becomes a number.
+    Only rows that are right and not sure of it are looked at again, of which there are none."""
     logits = make_logits((20, 50), torch.float32)
     target = make_target((20, 50))
     for needs_gradient in (False, True):
