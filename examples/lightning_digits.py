@@ -1,7 +1,8 @@
 """Outlier Exposure in a Lightning module, on scikit-learn's 8x8 digits.
 
 The data and the network of train_digits.py: 0-5 are learnt, 6 and 7 are shown as outliers, 8 and 9
-are never shown. What is logged at each step comes from the pass of the loss.
+are never shown. The loss is that of the whole batch also where several processes share it (the
+Trainer's devices=2), though the module is built before there are any.
 
     python examples/lightning_digits.py [--epochs 15] [--out FOLDER] [--quick]
 """
@@ -31,32 +32,34 @@ class DigitsModule(lightning.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.network = make_network()
-        self.criterion = OutlierExposureLoss(alpha, "group_mean", return_stats=True)
-        # What is not trained on has no outliers' part in its loss, but has scores.
-        self.test_criterion = OutlierExposureLoss(return_stats=True, return_scores=True)
+        self.criterion = OutlierExposureLoss(alpha, "group_mean", process_group="world")
+        # Statistics are those of this process. What is not trained on has no outliers' part in its
+        # loss, but has scores.
+        self.statistics = OutlierExposureLoss(return_stats=True, return_scores=True)
+        self.tested: LossStats | None = None
         self.scores: dict[bool, list[Tensor]] = {False: [], True: []}
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        loss, stats = self.criterion(self.network(batch[0]), batch[1])
+        logits, target = self.network(batch[0]), batch[1]
+        _, stats, _ = self.statistics(logits.detach(), target)
         self.log_dict({f"train_{name}": value.float() for name, value in stats._asdict().items()})
+        loss: Tensor = self.criterion(logits, target)
         return loss
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         target = batch[1]
-        _, stats, scores = self.test_criterion(self.network(batch[0]), target)
+        _, stats, scores = self.statistics(self.network(batch[0]), target)
+        # Batches hold different numbers of inliers, some of them none: sums and counts are added.
+        self.tested = stats if self.tested is None else self.tested.merge(stats)
         for is_outlier in (False, True):
             self.scores[is_outlier].append(1 - scores.max_softmax[(target < 0) == is_outlier])
-        self._log_accuracy(stats)
-
-    def _log_accuracy(self, stats: LossStats) -> None:
-        if stats.num_inliers > 0:
-            weight = int(stats.num_inliers)  # batches hold different numbers of inliers
-            self.log("test_accuracy", stats.inlier_accuracy, on_epoch=True, batch_size=weight)
 
     def on_test_epoch_end(self) -> None:
         inliers, outliers = (torch.cat(self.scores[k]).cpu().numpy() for k in (False, True))
         self.log_dict({f"test_{k}": v for k, v in detection_metrics(inliers, outliers).items()})
-        self.scores = {False: [], True: []}
+        assert self.tested is not None
+        self.log("test_accuracy", self.tested.inlier_accuracy)
+        self.tested, self.scores = None, {False: [], True: []}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-3)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oe_ext._checks import check_arguments
-from oe_ext._sums import sum_from_axis
+from oe_ext._sums import expand, sum_from_axis
 from oe_ext.reference import inliers_and_outliers
 
 __all__ = ["class_parallel_outlier_exposure_loss", "reduce_rows"]
@@ -271,11 +271,8 @@ def class_parallel_outlier_exposure_loss(
 
     labels = target.long()
     inlier, outlier = inliers_and_outliers(labels, ignore_index, ood_index)
-    weight = torch.as_tensor(
-        alpha,
-        dtype=torch.promote_types(local_logits.dtype, torch.float32),
-        device=labels.device,
-    ).expand(labels.shape)
+    dtype = torch.promote_types(local_logits.dtype, torch.float32)
+    weight = expand(torch.as_tensor(alpha, dtype=dtype, device=labels.device), labels.shape)
     weighs = outlier if weight.requires_grad else outlier & (weight != 0)
     rows = _Rows(labels - sum(class_sizes[:rank]), inlier, weighs, num_classes)
     with torch.no_grad():

@@ -4,6 +4,7 @@ Each test starts its processes once and tries its cases inside of them.
 """
 
 import copy
+import functools
 import itertools
 import pickle
 
@@ -181,6 +182,29 @@ def _data_parallel():
 
 def test_ddp_and_fsdp2_train_as_one_process():
     run(2, _data_parallel)
+
+
+def _train_with(criterion):
+    torch.manual_seed(1)
+    inputs = torch.randn(12, 6, dtype=torch.float64)
+    _, target = whole_batch((12, 5))
+    part = my_rows(12)
+    single, ddp = _model(), DistributedDataParallel(_model())
+    _train(single, inputs, target, OutlierExposureLoss(0.5, "group_mean", **MARKS))
+    _train(ddp, inputs[part], target[part], criterion)
+    for ours, theirs in zip(ddp.parameters(), single.parameters(), strict=True):
+        same(ours.detach(), theirs.detach(), rtol=1e-10, atol=1e-13)
+
+
+def test_a_module_that_is_built_before_the_processes():
+    """As a Lightning module is, and by the function form: all processes, by name."""
+    assert dist.group.WORLD is None
+    run(2, _train_with, OutlierExposureLoss(0.5, "group_mean", **MARKS, process_group="world"))
+    run(2, _train_with, functools.partial(_by_name, reduction="group_mean"))
+
+
+def _by_name(logits, target, reduction):
+    return outlier_exposure_loss(logits, target, 0.5, reduction, **MARKS, process_group="world")
 
 
 # ---- DTensor

@@ -7,7 +7,7 @@ from inputs import IGNORE, LAYOUTS, REDUCTIONS, make_logits, make_target
 from oracles import exact, loss_and_grad, max_error
 from returned import all_returned
 
-from oe_ext import outlier_exposure_loss, reference
+from oe_ext import _sums, outlier_exposure_loss, reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -175,3 +175,23 @@ def test_the_number_of_threads_shows_in_no_bit(shape, alpha_shape, layout):
     for other in results[1:]:
         differing = [n for n, one in results[0].items() if not same_bits(other[n], one)]
         assert differing == []
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (30_000, 1), (30_000, 7), (1, 7)], ids=str)
+def test_expanded_by_a_number_of_threads(shape):
+    """As alpha is where processes share the classes."""
+    values = torch.randn(shape, requires_grad=True)
+    upstream = torch.randn(30_000, 7)
+    expanded = _sums.expand(values, upstream.shape)
+    assert torch.equal(expanded, values.expand(upstream.shape))
+    before = torch.get_num_threads()
+    grads = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            grads += torch.autograd.grad(expanded, values, upstream, retain_graph=True)
+    finally:
+        torch.set_num_threads(before)
+    exact = upstream.double().sum_to_size(shape)
+    torch.testing.assert_close(grads[0].double(), exact, rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(grad, grads[0]) for grad in grads)

@@ -14,8 +14,8 @@ namespace oe_ext {
 // outliers (Hendrycks et al., ICLR 2019, arXiv 1812.04606).
 //
 //   logits        [N, C] or [N, C, d1, ..., dk]; float16, bfloat16, float32 or float64
-//   target        [N] or [N, d1, ..., dk]; int64, int32, int16, int8 or uint8. A class, or a
-//                 negative number for an outlier
+//   target        [N] or [N, d1, ..., dk]; int64, int32, int16, int8, uint8, uint16 or uint32.
+//                 A class, or a negative number for an outlier
 //   alpha         weight of the outliers; finite
 //   reduction     "none", "sum", "mean" or "group_mean"
 //   ignore_index  positions with this label count for nothing
