@@ -51,7 +51,7 @@ test: $(BUILT)  ## the Python tests
 
 SEED ?= 0
 fuzz: $(BUILT)  ## 20,000 examples of the properties, others for every SEED: minutes
-	$(PY) -m pytest -q tests/test_properties.py tests/test_sequences.py \
+	$(PY) -m pytest -q tests/test_properties.py tests/test_sequences.py tests/test_higher_orders.py \
 	  --hypothesis-profile=fuzz --hypothesis-seed=$(SEED) --hypothesis-show-statistics $(ARGS)
 
 test-scale: $(BUILT)  ## billions of logits, millions of rows, 10^5 calls; 20 GiB of memory: minutes
