@@ -43,8 +43,10 @@ def outlier_exposure_loss(
 
     alpha = torch.as_tensor(alpha, dtype=dtype, device=logits.device).expand(labels.shape)
     weight = torch.where(outlier, alpha, inlier.to(dtype))
-    # A row that does not count is replaced: a NaN there would survive a product with 0.
-    counts = inlier | outlier if alpha.requires_grad else weight != 0
+    # A row that does not count is replaced: a NaN there would survive a product with 0. One that
+    # weighs 0 does count where the weight is a variable: its derivative along it is not 0.
+    is_variable = alpha.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(alpha)
+    counts = inlier | outlier if is_variable else weight != 0
     x = torch.where(counts.unsqueeze(1), logits.to(dtype), 0)
     x = x - x.amax(dim=1, keepdim=True).detach()
 
