@@ -141,8 +141,9 @@ variable_list OutlierExposureLossBackwardBackward0::apply(variable_list&& grads)
                     .to(logits.scalar_type());
   }
   if (alpha.has_value() && task_should_compute_output(2)) {
-    result[2] = alpha_gradient(
-        rows.alpha_scale * rows.of_rows(grad) * rows.cross_entropy_along(direction), *alpha);
+    result[2] = alpha_gradient(rows.alpha_scale * rows.of_rows(grad) *
+                                   rows.of_outliers(rows.cross_entropy_along(direction)),
+                               *alpha);
   }
   return result;
 }

@@ -113,13 +113,13 @@ RowCalculus::RowCalculus(const at::Tensor& logits, const at::Tensor& target,
     counted_ = inlier_.logical_or(outlier_);
   }
   const at::Tensor x = part_of(logits);
-  softmax_ = where_or_zero(counted_.unsqueeze(-1), at::softmax(x, -1));
+  softmax_ = at::softmax(x, -1);
   const at::Tensor classes =
       at::arange(logits.sym_size(kClassAxis), logits.options().dtype(at::kLong));
   const at::Tensor one_hot = classes.eq(label_.unsqueeze(-1)).to(x.scalar_type());
   const at::Tensor uniform = at::ones({}, x.options()) / logits.sym_size(kClassAxis);
   const at::Tensor q = at::where(outlier_.unsqueeze(-1), uniform, one_hot);
-  residual_ = where_or_zero(counted_.unsqueeze(-1), softmax_ - q);
+  residual_ = softmax_ - q;
 }
 
 at::Tensor RowCalculus::part_of(const at::Tensor& like_logits) const {
@@ -137,6 +137,11 @@ at::Tensor RowCalculus::cross_entropy_along(const at::Tensor& v) const {
 
 at::Tensor RowCalculus::times_residual(const at::Tensor& factor) const {
   return with_classes_second(factor.unsqueeze(-1) * residual_);
+}
+
+at::Tensor RowCalculus::times_outlier_residual(const at::Tensor& factor) const {
+  return with_classes_second(factor.unsqueeze(-1) *
+                             where_or_zero(outlier_.unsqueeze(-1), residual_));
 }
 
 at::Tensor RowCalculus::times_softmax_along(const at::Tensor& factor, const at::Tensor& v) const {

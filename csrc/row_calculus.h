@@ -52,8 +52,8 @@ struct RowScales {
   at::Tensor weightless_;  // bool: a tensor alpha is 0; or undefined
 };
 
-// The rows themselves, their classes along the last axis. Those that take no part are zero
-// everywhere.
+// The rows themselves, their classes along the last axis. Those that take no part have logits of
+// zero; a factor or a direction of zero is what keeps them out.
 struct RowCalculus : RowScales {
   RowCalculus(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& counts,
               const OptionalTensor& alpha_tensor, const LossOptions& options);
@@ -64,11 +64,14 @@ struct RowCalculus : RowScales {
   // <softmax(x) - q, v>: the derivative along v of each row's cross-entropy. v is like the logits.
   at::Tensor cross_entropy_along(const at::Tensor& v) const;
 
-  // factor * (softmax(x) - q), in the shape of the logits.
+  // factor * (softmax(x) - q), in the shape of the logits. The factor is of_rows().
   at::Tensor times_residual(const at::Tensor& factor) const;
 
+  // The same, and 0 but in outlier rows: what an inlier holds is nothing to alpha.
+  at::Tensor times_outlier_residual(const at::Tensor& factor) const;
+
   // factor * softmax(x) * (v - <softmax(x), v>), in the shape of the logits: the factor times the
-  // derivative along v of each row's softmax.
+  // derivative along v of each row's softmax. The factor is of_rows().
   at::Tensor times_softmax_along(const at::Tensor& factor, const at::Tensor& v) const;
 
  private:

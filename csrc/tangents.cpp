@@ -55,7 +55,7 @@ at::Tensor backward_tangent(const at::Tensor& grad, const at::Tensor& logits,
   if (alpha_tangent.defined()) {
     const at::Tensor of_alpha = rows.of_outliers(alpha_tangent.to(rows.scale.scalar_type()));
     tangent = add_defined(
-        tangent, rows.times_residual(rows.alpha_scale * rows.of_rows(upstream) * of_alpha));
+        tangent, rows.times_outlier_residual(rows.alpha_scale * rows.of_rows(upstream) * of_alpha));
   }
   return tangent.to(logits.scalar_type());
 }

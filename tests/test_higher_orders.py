@@ -254,3 +254,21 @@ def test_a_learnable_alpha_sees_garbage_only_at_first_order():
     second = torch.autograd.grad(in_x.square().sum() + in_alpha.sum(), (x, alpha))
     assert all(grad.isfinite().all() for grad in second)
     assert (second[0][1] == 0).all()
+
+
+def test_what_an_inlier_holds_is_nothing_to_alpha():
+    """A row of NaN that counts: derivatives along alpha do not meet it, in either mode."""
+    target = torch.tensor([2, -1, 1])
+    logits = torch.randn(3, 4, dtype=D)
+    logits[0] = NAN
+    alpha, v = torch.tensor([0.5, 0.0, 0.3], dtype=D), torch.randn(3, dtype=D)
+
+    def gradient(a):
+        return torch.func.grad(lambda x: outlier_exposure_loss(x, target, a, "none").sum())(logits)
+
+    _, tangent = torch.func.jvp(gradient, (alpha,), (v,))
+    assert (tangent[[0, 2]] == 0).all()
+    torch.testing.assert_close(tangent[1], v[1] * (logits[1].softmax(0) - 1 / 4))
+    slope = torch.func.grad(lambda a: (gradient(a)[1:] * torch.ones(4, dtype=D).cumsum(0)).sum())
+    assert (slope(alpha)[[0, 2]] == 0).all()
+    assert slope(alpha)[1].isfinite()
