@@ -37,7 +37,7 @@ struct Choice {
 };
 
 // As torch chooses its own: the widest that the processor has, unless ATEN_CPU_CAPABILITY says
-// less.
+// less. What torch calls by a name that is not known here is more than AVX2.
 Choice choose_kernels() {
 #if defined(__x86_64__)
   const std::string capability = at::get_cpu_capability();
@@ -51,10 +51,10 @@ Choice choose_kernels() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (capability == "AVX512" && has_avx512) {
+  if (has_avx512 && capability != "AVX2" && capability != "DEFAULT") {
     return {"AVX512", &kKernelsAvx512};
   }
-  if ((capability == "AVX512" || capability == "AVX2") && has_avx2) {
+  if (has_avx2 && capability != "DEFAULT") {
     return {"AVX2", &kKernelsAvx2};
   }
 #endif
