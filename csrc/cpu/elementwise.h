@@ -172,7 +172,7 @@ OE_EXT_INLINE void store_as(double x, double& stored) { stored = x; }
 
 // Neighbouring logits to the arithmetic's type.
 template <typename scalar_t, typename acc_t>
-void widen(const scalar_t* from, int64_t size, acc_t* to) {
+OE_EXT_INLINE void widen(const scalar_t* from, int64_t size, acc_t* to) {
   int64_t begin = 0;
 #if defined(OE_EXT_F16C)  // one instruction for the twelve above
   if constexpr (std::is_same_v<scalar_t, c10::Half>) {
@@ -191,7 +191,7 @@ void widen(const scalar_t* from, int64_t size, acc_t* to) {
 
 // And back.
 template <typename acc_t, typename scalar_t>
-void narrow(const acc_t* from, int64_t size, scalar_t* to) {
+OE_EXT_INLINE void narrow(const acc_t* from, int64_t size, scalar_t* to) {
   int64_t begin = 0;
 #if defined(OE_EXT_F16C)  // one instruction for the twelve above
   if constexpr (std::is_same_v<scalar_t, c10::Half>) {

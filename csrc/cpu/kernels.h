@@ -57,11 +57,10 @@ struct Tiling {
     const int64_t rest = num_inner - tile % tiles_per_outer * tile_rows;
     return rest < tile_rows ? rest : tile_rows;
   }
-  // Elements of the arithmetic's type that a tile needs to work with: its classes, the classes that
-  // squares of eight have beyond them, or a block of a row that does not fit.
+  // Elements of the arithmetic's type that a tile needs to work with: its classes, and the classes
+  // that squares of eight have beyond them, or two blocks of a row.
   int64_t scratch_size() const {
-    return long_rows ? std::max(tile_rows * chunk_classes, kRowBlock)
-                     : tile_rows * (chunk_classes + 8);
+    return long_rows ? tile_rows * chunk_classes + 2 * kRowBlock : tile_rows * (chunk_classes + 8);
   }
 
   int64_t num_inner;

@@ -24,7 +24,7 @@ struct TileRows {
   int64_t size;                                  // rows
   int64_t padded;                                // with those that do not count
   alignas(64) IntOf<acc_t> label[kMaxTileRows];  // a class, or as above
-  alignas(64) IntOf<acc_t> place[kMaxTileRows];  // of the label in a tile in scratch memory
+  alignas(64) IntOf<acc_t> place[kMaxTileRows];  // of the label among a tile's classes
   alignas(64) acc_t weight[kMaxTileRows];
   alignas(64) acc_t active[kMaxTileRows];  // not 0: the logits are to be looked at
   alignas(64) acc_t max[kMaxTileRows];

@@ -5,9 +5,10 @@
 //   any other, all classes fit in scratch     | *_in_scratch       | once, into scratch
 //   any other, more classes                   | *_in_chunks        | three times, chunk by chunk
 //
-// [class][row] in scratch comes from pixels by copies, from contiguous rows (channels_last, too) by
-// squares, from other strides one by one. A kernel is the same for each dtype: double is computed
-// in double, float, Half and BFloat16 in float, to which the last two are widened on the way in.
+// [class][row] in scratch comes from pixels by copies (or is read in place), from contiguous rows
+// (channels_last, too) by squares, from other strides one by one. A kernel is the same for each
+// dtype: double is computed in double, float, Half and BFloat16 in float, to which the last two are
+// widened on the way in.
 #pragma once
 
 #include "finish_rows.h"
@@ -40,20 +41,34 @@ void finish_gradients(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc
   store_gradients(tile, rows, grad.from_class(first_class));
 }
 
+// Whether a tile's logits may be read where they stand, as [class][row]: 0.86 to 0.97 of the time.
+template <typename scalar_t, typename acc_t>
+bool reads_in_place(const TileView<const scalar_t>& logits, const TileRows<acc_t>& rows) {
+  return std::is_same_v<scalar_t, acc_t> && logits.row_stride == 1 && rows.size == rows.padded &&
+         rows.all_active;
+}
+
 template <typename scalar_t, typename acc_t>
 void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                         GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows,
                         GroupSums& sums) {
   const int64_t num_classes = args.layout.num_classes;
   const Tile<acc_t> tile{scratch, tiling.tile_rows, num_classes};
-  load_active(TileView<const scalar_t>(args.logits, args.layout, rows.first), rows, tile);
-  raise_maxima(tile, rows);
-  find_logits_at_labels(tile, 0, rows);
+  const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
+  Tile<const acc_t> source = tile.as_source();
+  if (reads_in_place(logits, rows)) {
+    source.data = reinterpret_cast<const acc_t*>(logits.data);
+    source.stride = logits.class_stride;
+  } else {
+    load_active(logits, rows, tile);
+  }
+  raise_maxima(source, rows);
+  find_logits_at_labels(source, 0, rows);
   if (num_classes <= kSumClasses) {
-    add_exponentials(tile, rows, nullptr);
+    add_exponentials(source, tile, rows, nullptr);
   } else {
     WideSums wide;
-    add_exponentials(tile, rows, &wide);
+    add_exponentials(source, tile, rows, &wide);
   }
   finish_rows(args, counts, rows, sums);
   if (args.grad_logits != nullptr) {
@@ -84,7 +99,7 @@ void write_gradients_in_chunks(const scalar_t* logits, const RowLayout& layout, 
   alignas(64) acc_t sum_exp[kMaxTileRows];
   std::copy_n(rows.sum_exp, rows.padded, sum_exp);
   for_each_chunk(logits, layout, tiling, scratch, rows, [&](const auto& tile, int64_t cls) {
-    add_exponentials(tile, rows, nullptr);
+    add_exponentials(tile.as_source(), tile, rows, nullptr);
     std::copy_n(sum_exp, rows.padded, rows.sum_exp);
     finish_gradients(tile, cls, rows, may_lack_weight, to);
   });
@@ -95,99 +110,17 @@ void forward_in_chunks(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
                        GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows, GroupSums& sums) {
   for_each_chunk(args.logits, args.layout, tiling, scratch, rows,
                  [&](const auto& tile, int64_t cls) {
-                   raise_maxima(tile, rows);
-                   find_logits_at_labels(tile, cls, rows);
+                   raise_maxima(tile.as_source(), rows);
+                   find_logits_at_labels(tile.as_source(), cls, rows);
                  });
   WideSums wide;
-  for_each_chunk(args.logits, args.layout, tiling, scratch, rows,
-                 [&](const auto& tile, int64_t) { add_exponentials(tile, rows, &wide); });
+  for_each_chunk(args.logits, args.layout, tiling, scratch, rows, [&](const auto& tile, int64_t) {
+    add_exponentials(tile.as_source(), tile, rows, &wide);
+  });
   finish_rows(args, counts, rows, sums);
   if (args.grad_logits != nullptr) {
     write_gradients_in_chunks(args.logits, args.layout, args.grad_logits, args.grad_layout, tiling,
                               args.row_cross_entropy != nullptr, scratch, rows);
-  }
-}
-
-// ---- Long rows
-
-// Logits of rows that stay in the nearest cache from their maximum to their exponentials. Meanwhile
-// the processor has other rows to work on.
-constexpr int64_t kLogitsOfGroup = 4096;
-
-template <typename scalar_t, typename acc_t>
-void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
-                       GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows, GroupSums& sums) {
-  constexpr bool kWidens = !std::is_same_v<scalar_t, acc_t>;
-  const int64_t num_classes = args.layout.num_classes;
-  const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
-  const int64_t grad_stride = args.grad_layout.inner_stride;
-  scalar_t* const grad = args.grad_logits != nullptr
-                             ? args.grad_logits + args.grad_layout.row_offset(rows.first)
-                             : nullptr;
-  const auto label = [&](int64_t i) {
-    return rows.label[i] >= 0 ? args.labels[rows.first + i] : int64_t(-1);
-  };
-  // Exponentials wait where the gradients will be, if that has their type, or in scratch memory, if
-  // they fit. Else they are computed twice.
-  acc_t* exps = kWidens && tiling.chunk_classes > 0 ? scratch : nullptr;
-  int64_t exps_stride = num_classes;
-  if constexpr (!kWidens) {
-    exps = grad;
-    exps_stride = grad_stride;
-  }
-  const auto place = [&](int64_t i, int64_t begin) {
-    return exps != nullptr ? exps + i * exps_stride + begin : scratch;
-  };
-
-  const int64_t group = std::max<int64_t>(1, kLogitsOfGroup / num_classes);
-  for (int64_t first = 0; first < rows.size; first += group) {
-    const int64_t end = std::min(first + group, rows.size);
-    for (int64_t i = first; i < end; ++i) {
-      if (rows.active[i] == acc_t(0)) {
-        continue;
-      }
-      const scalar_t* row = logits.data + i * logits.row_stride;
-      for_each_block(num_classes, [&](int64_t begin, int64_t size) {
-        const acc_t* x = widened(row + begin, size, place(i, begin));
-        rows.max[i] = std::max(rows.max[i], max_of(x, size));
-      });
-    }
-    for (int64_t i = first; i < end; ++i) {
-      if (rows.active[i] == acc_t(0)) {
-        continue;
-      }
-      const scalar_t* row = logits.data + i * logits.row_stride;
-      double sum_exp = 0;
-      double sum_shifted = 0;
-      for_each_block(num_classes, [&](int64_t begin, int64_t size) {
-        const bool is_widened = kWidens && exps != nullptr;
-        const acc_t* x = is_widened ? place(i, begin) : widened(row + begin, size, scratch);
-        if (rows.label[i] == kOutlier) {
-          sum_shifted += sum_of(x, size, rows.max[i]);
-        }
-        exponentials(x, size, rows.max[i], place(i, begin));
-        sum_exp += sum_of(place(i, begin), size, acc_t(0));
-      });
-      rows.sum_exp[i] = static_cast<acc_t>(sum_exp);
-      rows.sum_shifted[i] = static_cast<acc_t>(sum_shifted);
-      rows.at_label[i] = label(i) >= 0 ? static_cast<acc_t>(row[label(i)]) : acc_t(0);
-    }
-  }
-  finish_rows(args, counts, rows, sums);
-  for (int64_t i = 0; grad != nullptr && i < rows.size; ++i) {
-    const scalar_t* row = logits.data + i * logits.row_stride;
-    scalar_t* to = grad + i * grad_stride;
-    if (rows.weight[i] == acc_t(0)) {
-      std::fill_n(to, num_classes, scalar_t(0));
-    } else if (exps == nullptr) {
-      write_row_gradient(row, to, num_classes, label(i), rows.max[i], rows.sum_exp[i],
-                         rows.factor[i], rows.offset[i], scratch);
-    } else {
-      if (label(i) >= 0) {
-        *place(i, label(i)) -= rows.sum_exp[i];
-      }
-      write_gradients(place(i, 0), num_classes, rows.factor[i], rows.offset[i], place(i, 0), to);
-    }
   }
 }
 
@@ -222,22 +155,11 @@ TaskResult backward_tile(const BackwardArgs<scalar_t, acc_t>& args, const Tiling
     return result;
   }
   restore_rows(args, rows);
-  if (!tiling.long_rows) {
+  if (tiling.long_rows) {
+    write_gradients_from_logits(args, rows, scratch);
+  } else {
     write_gradients_in_chunks(args.logits, args.layout, args.grad_logits, args.grad_layout, tiling,
                               /*may_lack_weight=*/false, scratch, rows);
-    return result;
-  }
-  const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
-  const TileView<scalar_t> grad(args.grad_logits, args.grad_layout, rows.first);
-  for (int64_t i = 0; i < rows.size; ++i) {
-    scalar_t* to = grad.data + i * grad.row_stride;
-    if (rows.weight[i] == acc_t(0)) {
-      std::fill_n(to, args.layout.num_classes, scalar_t(0));
-    } else {
-      write_row_gradient(logits.data + i * logits.row_stride, to, args.layout.num_classes,
-                         rows.label[i] >= 0 ? args.labels[rows.first + i] : int64_t(-1),
-                         rows.max[i], rows.sum_exp[i], rows.factor[i], rows.offset[i], scratch);
-    }
   }
   return result;
 }

@@ -26,12 +26,14 @@ struct TileView {
   int64_t class_stride;
 };
 
-// A tile in scratch memory: `stride` elements a class, and a spare class behind the last.
-template <typename acc_t>
+// A tile as [class][row], `stride` elements a class. In scratch memory a spare class stands behind
+// the last.
+template <typename T>
 struct Tile {
-  acc_t* of_class(int64_t cls) const { return data + cls * stride; }
+  T* of_class(int64_t cls) const { return data + cls * stride; }
+  Tile<const T> as_source() const { return {data, stride, num_classes}; }
 
-  acc_t* data;
+  T* data;
   int64_t stride;
   int64_t num_classes;
 };
@@ -119,7 +121,6 @@ void load_tile(const TileView<const scalar_t>& logits, const TileRows<acc_t>& ro
       std::fill(to + rows.size, to + rows.padded, acc_t(0));
     }
   }
-  std::fill_n(tile.of_class(tile.num_classes), rows.padded, acc_t(0));
 }
 
 // From exponentials to gradients, in the tensor.

@@ -7,14 +7,27 @@
 namespace oe_ext::cpu {
 namespace {
 
-template <typename acc_t>
-void raise_maxima(const Tile<acc_t>& tile, TileRows<acc_t>& rows) {
-  for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
-    const acc_t* x = tile.of_class(cls);
+template <int kCount, typename acc_t>
+OE_EXT_INLINE void raise_maxima(const acc_t* x, int64_t stride, TileRows<acc_t>& rows) {
 #pragma omp simd
-    for (int64_t i = 0; i < rows.padded; ++i) {
-      rows.max[i] = x[i] > rows.max[i] ? x[i] : rows.max[i];
+  for (int64_t i = 0; i < rows.padded; ++i) {
+    acc_t max = rows.max[i];
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) {
+      max = x[k * stride + i] > max ? x[k * stride + i] : max;
     }
+    rows.max[i] = max;
+  }
+}
+
+template <typename acc_t>
+void raise_maxima(const Tile<const acc_t>& tile, TileRows<acc_t>& rows) {
+  int64_t cls = 0;
+  for (; cls + 4 <= tile.num_classes; cls += 4) {
+    raise_maxima<4>(tile.of_class(cls), tile.stride, rows);
+  }
+  for (; cls < tile.num_classes; ++cls) {
+    raise_maxima<1>(tile.of_class(cls), tile.stride, rows);
   }
 }
 
@@ -30,18 +43,19 @@ void clear_rows(const Tile<acc_t>& tile, int64_t num_rows, const acc_t* counts) 
   }
 }
 
-// Exponentials in place of the logits of kCount classes, whose maxima are known, and their sums.
+// Exponentials of the logits of kCount classes, whose maxima are known, and their sums.
 template <int kCount, typename acc_t>
-OE_EXT_INLINE void add_classes(acc_t* x, int64_t stride, TileRows<acc_t>& rows) {
+OE_EXT_INLINE void add_classes(const acc_t* x, int64_t x_stride, acc_t* to, int64_t stride,
+                               TileRows<acc_t>& rows) {
 #pragma omp simd
   for (int64_t i = 0; i < rows.padded; ++i) {
     acc_t shifted[kCount];
     acc_t exps[kCount];
 #pragma GCC unroll 2
     for (int k = 0; k < kCount; ++k) {
-      shifted[k] = x[k * stride + i] - rows.max[i];
+      shifted[k] = x[k * x_stride + i] - rows.max[i];
       exps[k] = exp_of(shifted[k]);
-      x[k * stride + i] = exps[k];
+      to[k * stride + i] = exps[k];
     }
     rows.sum_exp[i] += kCount == 2 ? exps[0] + exps[kCount - 1] : exps[0];
     rows.sum_shifted[i] += kCount == 2 ? shifted[0] + shifted[kCount - 1] : shifted[0];
@@ -49,7 +63,7 @@ OE_EXT_INLINE void add_classes(acc_t* x, int64_t stride, TileRows<acc_t>& rows) 
 }
 
 // Of many classes, so many are summed up before their sums join others in double.
-constexpr int64_t kSumClasses = 64;
+constexpr int64_t kSumClasses = 32;
 
 // Sums over all classes of a row, where those are more than kSumClasses.
 struct WideSums {
@@ -57,18 +71,20 @@ struct WideSums {
   double shifted[kMaxTileRows] = {};
 };
 
+// Exponentials of the source, which may be the tile itself, and their sums.
 template <typename acc_t>
-void add_exponentials(const Tile<acc_t>& tile, TileRows<acc_t>& rows, WideSums* wide) {
+void add_exponentials(const Tile<const acc_t>& source, const Tile<acc_t>& tile,
+                      TileRows<acc_t>& rows, WideSums* wide) {
   for (int64_t begin = 0; begin < tile.num_classes; begin += kSumClasses) {
     const int64_t end = std::min(begin + kSumClasses, tile.num_classes);
     std::fill_n(rows.sum_exp, rows.padded, acc_t(0));
     std::fill_n(rows.sum_shifted, rows.padded, acc_t(0));
     int64_t cls = begin;
     for (; cls + 2 <= end; cls += 2) {
-      add_classes<2>(tile.of_class(cls), tile.stride, rows);
+      add_classes<2>(source.of_class(cls), source.stride, tile.of_class(cls), tile.stride, rows);
     }
     if (cls < end) {
-      add_classes<1>(tile.of_class(cls), tile.stride, rows);
+      add_classes<1>(source.of_class(cls), source.stride, tile.of_class(cls), tile.stride, rows);
     }
     for (int64_t i = 0; wide != nullptr && i < rows.padded; ++i) {
       wide->exp[i] += rows.sum_exp[i];
@@ -81,23 +97,21 @@ void add_exponentials(const Tile<acc_t>& tile, TileRows<acc_t>& rows, WideSums* 
   }
 }
 
-// Finds the places of rows' labels in a tile whose classes start at first_class. A label that is
-// none of them is found in the spare class.
+// Finds which class of a tile is a row's label; `none` where that is not one of them.
 template <typename acc_t>
-void find_labels(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows) {
-  const auto first = static_cast<IntOf<acc_t>>(first_class);
-  const auto size = static_cast<IntOf<acc_t>>(tile.num_classes);
-  const auto stride = static_cast<IntOf<acc_t>>(tile.stride);
+void find_labels(int64_t first_class, int64_t num_classes, int64_t none, TileRows<acc_t>& rows) {
+  using Int = IntOf<acc_t>;
 #pragma omp simd
   for (int64_t i = 0; i < rows.padded; ++i) {
-    const IntOf<acc_t> cls = rows.label[i] - first;
-    const bool here = (cls >= 0) & (cls < size);
-    rows.place[i] = (here ? cls : size) * stride + static_cast<IntOf<acc_t>>(i);
+    const Int cls = rows.label[i] - static_cast<Int>(first_class);
+    const bool here = (cls >= 0) & (cls < static_cast<Int>(num_classes));
+    rows.place[i] = here ? cls : static_cast<Int>(none);
   }
 }
 
 template <typename acc_t>
-void find_logits_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows) {
+void find_logits_at_labels(const Tile<const acc_t>& tile, int64_t first_class,
+                           TileRows<acc_t>& rows) {
   if (tile.num_classes == 2 && first_class == 0) {
     const acc_t* x = tile.data;
     const acc_t* y = tile.of_class(1);
@@ -107,9 +121,10 @@ void find_logits_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileRow
     }
     return;
   }
-  find_labels(tile, first_class, rows);
+  find_labels(first_class, tile.num_classes, 0, rows);
   for (int64_t i = 0; i < rows.size; ++i) {
-    rows.at_label[i] += tile.data[rows.place[i]];
+    const bool here = rows.label[i] == first_class + rows.place[i];
+    rows.at_label[i] = select(here, tile.of_class(rows.place[i])[i], rows.at_label[i]);
   }
 }
 
@@ -126,9 +141,11 @@ void subtract_sums_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileR
     }
     return;
   }
-  find_labels(tile, first_class, rows);
+  // What is subtracted in the spare class is read by nobody.
+  std::fill_n(tile.of_class(tile.num_classes), rows.padded, acc_t(0));
+  find_labels(first_class, tile.num_classes, tile.num_classes, rows);
   for (int64_t i = 0; i < rows.size; ++i) {
-    tile.data[rows.place[i]] -= rows.sum_exp[i];
+    tile.of_class(rows.place[i])[i] -= rows.sum_exp[i];
   }
 }
 
