@@ -9,6 +9,8 @@ against float64; one that differs ends the run.
     python bench/bench.py --quick          # small shapes; prints
     python bench/bench.py --only layouts   # a part; prints
     python bench/bench.py --dtype bfloat16 # the main table in another dtype; prints
+    ATEN_CPU_CAPABILITY=avx2 python bench/bench.py --only goals --csv bench/results/cpu_avx2.csv
+                                           # the main table with AVX2, of which RESULTS.md shows one
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import traffic
 from cases import GOALS
-from results import MEMORY_CSV, ROOT, TIMES_CSV, MemoryRow, TimeRow, parse_shape, read
+from results import AVX2_CSV, MEMORY_CSV, ROOT, TIMES_CSV, MemoryRow, TimeRow, parse_shape, read
 
 PAGE = ROOT / "bench" / "RESULTS.md"
 README = ROOT / "README.md"
@@ -232,7 +232,7 @@ def roofline_table(cases: list[Measured]) -> str:
     return markdown([*header, "attained"], lines)
 
 
-def readme_table(cases: list[Measured]) -> str:
+def readme_table(cases: list[Measured], facts: dict[str, str]) -> str:
     header = ["logits, float32", "pytorch-ood", "`torch.compile`", "`F.cross_entropy`"]
     lines = [
         [
@@ -242,7 +242,8 @@ def readme_table(cases: list[Measured]) -> str:
         ]
         for case in cases
     ]
-    return markdown(header, lines)
+    machine = f"({facts['CPU']}, {facts['CPU kernels']} kernels, {facts['threads']} threads)"
+    return f"{markdown(header, lines)}\n\n{machine}"
 
 
 def rewrite(path: Path, section: str, text: str) -> None:
@@ -278,6 +279,10 @@ def write_pages() -> None:
         "threads": thread_table(of("threads")),
         "roofline": roofline_table(moved),
     }
+    if AVX2_CSV.exists():
+        avx2_facts, avx2_rows = read(AVX2_CSV, TimeRow)
+        command = f"`{avx2_facts['command']}`, {avx2_facts['CPU']}, commit {avx2_facts['commit']}"
+        tables["avx2"] = f"{goal_table(group_cases(avx2_rows))}\n\n{command}."
     plots.draw_speed(of("goals"))
     plots.draw_curves(of("rows"), of("classes"))
     if MEMORY_CSV.exists():
@@ -287,4 +292,4 @@ def write_pages() -> None:
     for section, table in tables.items():
         rewrite(PAGE, section, table)
     if "<!-- bench -->" in README.read_text():
-        rewrite(README, "bench", readme_table(of("goals")))
+        rewrite(README, "bench", readme_table(of("goals"), facts))
