@@ -38,10 +38,10 @@ SOURCES := setup.py pyproject.toml oe_ext/_build.py \
            $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MARKERS := not packaging and not cuda_build and not mutants and not nvcc and not scale
 
-.PHONY: demo test fuzz test-scale test-cpp test-sanitizers test-asan-python test-levels test-packaging \
-        test-mutants test-nvcc test-jit-cuda test-torches test-compilers test-cuda \
-        bench bench-cuda instructions ptx sass-report cuda-model lint format build dist \
-        test-pythons clean
+.PHONY: demo test fuzz test-scale test-cpp test-sanitizers test-aarch64 test-asan-python \
+        test-levels test-packaging test-mutants test-nvcc test-jit-cuda test-torches \
+        test-compilers test-cuda test-pythons bench bench-cuda instructions ptx sass-report \
+        cuda-model lint format build dist clean
 
 demo: $(BUILT)  ## train on real data, with and without Outlier Exposure
 	$(PY) examples/train_digits.py $(ARGS)
@@ -71,6 +71,27 @@ test-sanitizers: $(BUILT)  ## the C++ tests, the CUDA kernels' too, with ASan an
 	    -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch.utils as u; print(u.cmake_prefix_path)')" && \
 	  cmake --build --preset $$preset && ctest --preset $$preset -j2 || exit 1; \
 	done
+
+# Compiled with setup.py's flags, and linked without libtorch: its headers are all that is here. The
+# other sources are only checked, but for Python's module, whose headers are this processor's.
+# -Wno-restrict: g++ 12 warns of its own std::string.
+AARCH64_CXX = aarch64-linux-gnu-g++ -Werror -Wno-restrict $$(cd oe_ext && OE_EXT_CUDA=0 \
+  $(abspath $(PY)) -c "import _build as b; print(*b.describe_build(b.Path('..')).cxx_flags)")
+AARCH64_TESTS := kernels_test cpu_threads_test row_math_test elementwise_test cpu_kernels \
+                 without_torch
+GOOGLETEST := /usr/src/googletest/googletest
+test-aarch64: $(INSTALLED)  ## the C++ tests of the CPU kernels on aarch64, in QEMU: minutes
+	$(call apt_install,/usr/bin/aarch64-linux-gnu-g++,g++-aarch64-linux-gnu)
+	$(call apt_install,/usr/bin/qemu-aarch64-static,qemu-user-static)
+	$(call apt_install,$(GOOGLETEST)/src/gtest-all.cc,googletest)
+	$(AARCH64_CXX) -fsyntax-only \
+	  $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp csrc/cpu/*.cpp))
+	mkdir -p build
+	$(AARCH64_CXX) -Icsrc -isystem $(GOOGLETEST)/include -isystem $(GOOGLETEST) \
+	  $(AARCH64_TESTS:%=tests/cpp/%.cpp) csrc/cpu/launch_cpu.cpp csrc/cpu/kernels_default.cpp \
+	  $(GOOGLETEST)/src/gtest-all.cc $(GOOGLETEST)/src/gtest_main.cc -o build/aarch64-tests
+	aarch64-linux-gnu-objdump -dC build/aarch64-tests | $(PY) tests/cpp/check_neon.py
+	qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64-tests $(ARGS)
 
 # Python is not compiled with it, so its library is loaded first; libstdc++ too, whose throw it
 # replaces. What Python and torch never free is not ours to count. From the folder of the build: the
@@ -107,15 +128,19 @@ test-torches:  ## make test with each of TORCHES: ten minutes and 8 GB each
 	  $(MAKE) test TORCH=$$torch VENV=.venv-torch-$$torch || exit 1; \
 	done
 
-COMPILERS ?= g++-11 g++-12 g++-13 g++-14 g++-15 g++-16
-test-compilers: $(BUILT)  ## the kernels' tests with each of COMPILERS that is here: minutes each
+COMPILERS ?= g++-11 g++-12 g++-13 g++-14 g++-15 g++-16 clang++-14
+NUMERIC_TESTS = $(foreach name,values layouts edges autograd numerics stats unit_gradient cpu_kernels properties,tests/test_$(name).py)
+test-compilers: $(BUILT)  ## the kernels' tests at every level, loops' instructions; COMPILERS=: minutes each
+	$(call apt_install,/usr/include/valgrind/callgrind.h,valgrind)
 	for compiler in $(COMPILERS); do \
 	  if command -v $$compiler; then \
 	    rm -f build/built-for-* oe_ext/_C*.so && \
 	    $(ON_PATH) CXX=$$compiler $(PY) setup.py -q build_ext --inplace --build-temp build/temp-$$compiler && \
 	    $(PY) -c "import oe_ext; print(oe_ext._ext.module.build_info()['compiler'])" && \
-	    $(PY) -m pytest -q $(PARALLEL) -k "not simt" $(ARGS) \
-	      $(foreach name,values layouts edges autograd numerics stats unit_gradient cpu_kernels properties,tests/test_$(name).py) || exit 1; \
+	    for level in default avx2 avx512; do \
+	      ATEN_CPU_CAPABILITY=$$level $(PY) -m pytest -q $(PARALLEL) -k "not simt" $(ARGS) $(NUMERIC_TESTS) || exit 1; \
+	    done && \
+	    $(PY) bench/instructions.py --slopes || exit 1; \
 	  fi; \
 	done
 
@@ -157,9 +182,10 @@ cuda-model: $(BUILT)  ## rewrites the traffic tables of bench/CUDA.md
 bench: $(BUILT)  ## our loss against its rivals; rewrites bench/RESULTS.md
 	$(PY) bench/bench.py $(ARGS)
 
-instructions: $(BUILT)  ## of small calls, by callgrind, against those recorded
+instructions: $(BUILT)  ## of small calls, by callgrind, against those recorded; of loops, against limits
 	$(call apt_install,/usr/include/valgrind/callgrind.h,valgrind)
 	$(PY) bench/instructions.py $(ARGS)
+	$(PY) bench/instructions.py --slopes
 
 lint: $(INSTALLED)  ## nothing is changed
 	$(BIN)/ruff check
