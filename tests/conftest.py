@@ -8,6 +8,9 @@ import pytest
 import simt_device
 import torch
 from hypothesis import settings
+from inductor import keep_caches_apart
+
+keep_caches_apart()
 
 # How many examples test_properties.py and its like try in all.
 settings.register_profile("test", max_examples=1000, derandomize=True, database=None, deadline=None)
