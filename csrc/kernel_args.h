@@ -170,7 +170,7 @@ struct ForwardArgs {
     return weight == acc_t(0)
                ? RowGradient<acc_t>()
                : RowGradient<acc_t>::of_row(
-                     stats.max, stats.sum_exp,
+                     stats.max, stats.sum_exp, weight,
                      weight / static_cast<acc_t>(reduction_divisor(reduction, kind, group_counts)),
                      kind, label, layout.num_classes);
   }
@@ -210,8 +210,9 @@ struct BackwardArgs {
       return RowGradient<acc_t>();
     }
     const auto divisor = static_cast<acc_t>(reduction_divisor(reduction, kind, group_counts()));
-    return RowGradient<acc_t>::of_row(row_max[row], row_sum_exp[row], weight * grad[row] / divisor,
-                                      kind, label, layout.num_classes);
+    return RowGradient<acc_t>::of_row(row_max[row], row_sum_exp[row], weight,
+                                      weight * grad[row] / divisor, kind, label,
+                                      layout.num_classes);
   }
 };
 

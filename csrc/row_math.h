@@ -171,20 +171,18 @@ struct RowLoss {
   }
 };
 
-// d loss / d x of one logit, from exp(x - max) and 1 / sum of exp(x - max).
-template <typename acc_t>
-C10_HOST_DEVICE acc_t logit_gradient(acc_t exp_shifted, acc_t inverse_sum, acc_t q, acc_t scale) {
-  return scale * (exp_shifted * inverse_sum - q);
-}
-
-// The same in two coefficients for the whole row: exp_shifted * factor - offset, and at the label
-// of an inlier, whose q is 1, (exp_shifted - sum_exp) * factor. Both are 0 in a row without a
-// weight, and both are quotients: they cancel where all logits of an outlier are equal.
+// The gradient of a row, scale * (softmax(x) - q), in two coefficients: exp(x - max) * factor -
+// offset, and at the label of an inlier, whose q is 1, (exp(x - max) - sum_exp) * factor. Both are
+// 0 in a row without a weight. Both are quotients: they cancel where all logits of an outlier are
+// equal. The softmax is a quotient and not the exponential of a log-softmax: near the maximum x -
+// max is small and exact, where a logarithm of 5 would be rounded twice, to 2.4e-7 in float32,
+// before the exponential makes it a relative error.
 template <typename acc_t>
 struct GradientCoefficients {
-  acc_t factor;
-  acc_t offset;
+  acc_t factor = 0;
+  acc_t offset = 0;
 
+  // `scale`: weight * upstream gradient / divisor of the reduction.
   C10_HOST_DEVICE static GradientCoefficients of_row(acc_t weight, bool outlier, acc_t sum_exp,
                                                      acc_t scale, acc_t num_classes) {
     return {select(weight != acc_t(0), scale / sum_exp, acc_t(0)),
@@ -192,35 +190,29 @@ struct GradientCoefficients {
   }
 };
 
-// The gradient of one row: scale * (softmax(x) - q). An inactive row has a weight of zero: its
-// logits do not count, whatever they are. The softmax is a quotient and not the exponential of a
-// log-softmax: near the maximum x - max is small and exact, where a logarithm of 5 would be rounded
-// twice, to 2.4e-7 in float32, before the exponential makes it a relative error.
+// The same for one logit after another. An inactive row has a weight of zero: its logits do not
+// count, whatever they are.
 template <typename acc_t>
 struct RowGradient {
   acc_t max = 0;
-  acc_t inverse_sum = 0;  // 1 / sum of exp(x - max)
-  acc_t scale = 0;        // weight * upstream gradient / divisor of the reduction
-  acc_t uniform = 0;      // q of every class but the label: 1/C in an outlier row, else 0
-  int64_t label = -1;     // q is 1 at this class; -1 in an outlier row
+  acc_t sum_exp = 0;
+  GradientCoefficients<acc_t> coefficients;
+  int64_t label = -1;  // -1 in an outlier row
   bool active = false;
 
-  C10_HOST_DEVICE static RowGradient of_row(acc_t max, acc_t sum_exp, acc_t scale, RowKind kind,
-                                            int64_t label, int64_t num_classes) {
+  C10_HOST_DEVICE static RowGradient of_row(acc_t max, acc_t sum_exp, acc_t weight, acc_t scale,
+                                            RowKind kind, int64_t label, int64_t num_classes) {
     const bool outlier = kind == RowKind::kOutlier;
-    RowGradient gradient;
-    gradient.max = max;
-    gradient.inverse_sum = acc_t(1) / sum_exp;
-    gradient.scale = scale;
-    gradient.uniform = outlier ? acc_t(1) / static_cast<acc_t>(num_classes) : acc_t(0);
-    gradient.label = outlier ? int64_t(-1) : label;
-    gradient.active = true;
-    return gradient;
+    return {max, sum_exp,
+            GradientCoefficients<acc_t>::of_row(weight, outlier, sum_exp, scale,
+                                                static_cast<acc_t>(num_classes)),
+            outlier ? int64_t(-1) : label, true};
   }
 
   C10_HOST_DEVICE acc_t operator()(acc_t x, int64_t cls) const {
-    const acc_t q = cls == label ? acc_t(1) : uniform;
-    return active ? logit_gradient(std::exp(x - max), inverse_sum, q, scale) : acc_t(0);
+    const acc_t exp_shifted = std::exp(x - max);
+    const acc_t from_label = cls == label ? exp_shifted - sum_exp : exp_shifted;
+    return active ? from_label * coefficients.factor - coefficients.offset : acc_t(0);
   }
 };
 

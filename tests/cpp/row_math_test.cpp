@@ -149,9 +149,12 @@ TEST(RowStats, ExtremeFiniteLogits) {
 TEST(RowGradient, IsSoftmaxMinusQ) {
   const std::vector<double> x = {0.5, -1.0, 2.0};
   const auto stats = stats_of(x);
-  RowGradient<double> inlier{stats.max,   1 / stats.sum_exp, /*scale=*/2.0, /*uniform=*/0.0,
-                             /*label=*/1, /*active=*/true};
-  RowGradient<double> outlier{stats.max, 1 / stats.sum_exp, 2.0, 1.0 / 3, -1, true};
+  const auto of_row = [&](double weight, RowKind kind) {
+    return RowGradient<double>::of_row(stats.max, stats.sum_exp, weight, /*scale=*/2.0, kind,
+                                       /*label=*/1, /*num_classes=*/3);
+  };
+  const auto inlier = of_row(1, RowKind::kInlier);
+  const auto outlier = of_row(0.5, RowKind::kOutlier);
   const Expected expected(x);
   for (int64_t cls = 0; cls < 3; ++cls) {
     const double softmax = std::exp(x[cls] - double(expected.logsumexp));

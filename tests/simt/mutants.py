@@ -132,7 +132,7 @@ MUTANTS = [
         "rows: a tail that is not scaled",
         ROWS,
         "static_cast<scalar_t>(gradient(x, walk.rest));",
-        "static_cast<scalar_t>(std::exp(x - gradient.max) * gradient.inverse_sum);",
+        "static_cast<scalar_t>(std::exp(x - gradient.max) / gradient.sum_exp);",
     ),
     Mutant(
         "rows: every lane writes the row's sums",
@@ -317,8 +317,14 @@ MUTANTS = [
     Mutant(
         "the uniform term is dropped",
         MATHS,
-        "outlier ? acc_t(1) / static_cast<acc_t>(num_classes) : acc_t(0);",
-        "acc_t(0);",
+        "select(outlier & (weight != acc_t(0)), scale / num_classes, acc_t(0))};",
+        "acc_t(0)};",
+    ),
+    Mutant(
+        "the label's exponential is as any other",
+        MATHS,
+        "cls == label ? exp_shifted - sum_exp : exp_shifted;",
+        "exp_shifted;",
     ),
     Mutant(
         "alpha weighs the inliers",
