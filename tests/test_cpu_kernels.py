@@ -22,7 +22,33 @@ LEVELS = ["DEFAULT", "AVX2", "AVX512"]
 # Around the lanes of a vector (2 to 16), the rows of a tile (256), and the classes from which on
 # rows are walked one by one (64).
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 255, 257]
-CLASSES = [1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17, 19, 31, 33, 63, 64, 65, 79, 81, 127, 129, 1000]
+CLASSES = [
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    10,
+    15,
+    16,
+    17,
+    19,
+    31,
+    33,
+    63,
+    64,
+    65,
+    79,
+    81,
+    127,
+    129,
+    1000,
+    1025,
+    2017,
+]
 
 # The largest error of a gradient whose own values are at most 1, beside its rounding.
 ERROR = {torch.float64: 4e-15, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
