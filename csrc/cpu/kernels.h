@@ -26,7 +26,7 @@ constexpr int64_t kScratchBytes = 256 * 1024;
 constexpr int64_t kMinLongRow = 64;
 // Long rows of one tile have this many logits; their gradients stay in cache between two walks.
 constexpr int64_t kLongRowTile = 32768;
-// Of a long row, so many logits are summed up before their sum joins others in double.
+// Of a long row, at most so many logits are summed up before their sum joins others in double.
 constexpr int64_t kRowBlock = 1024;
 
 // How rows are cut into tiles, and the classes of a tile into chunks that fit its scratch memory.

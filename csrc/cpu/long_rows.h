@@ -82,11 +82,6 @@ OE_EXT_INLINE auto max_logit(const scalar_t* logits, int64_t size) {
   }
 }
 
-// Whether one of the last lanes was not taken before.
-OE_EXT_INLINE bool is_new(int lane, int64_t size) {
-  return lane >= kLanes - static_cast<int>(size % kLanes);
-}
-
 // The sum of x - shift.
 template <typename acc_t>
 OE_EXT_INLINE acc_t sum_of(const acc_t* x, int64_t size, acc_t shift) {
@@ -98,9 +93,10 @@ OE_EXT_INLINE acc_t sum_of(const acc_t* x, int64_t size, acc_t shift) {
     }
   }
   const acc_t* last = x + size - kLanes;
+  const int first = kLanes - static_cast<int>(size % kLanes);  // lane that was not taken before
 #pragma omp simd
   for (int j = 0; j < kLanes; ++j) {
-    lanes[j] += select(is_new(j, size), last[j] - shift, acc_t(0));
+    lanes[j] += select(j >= first, last[j] - shift, acc_t(0));
   }
   return fold(lanes, [](acc_t a, acc_t b) { return a + b; });
 }

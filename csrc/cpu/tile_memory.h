@@ -101,7 +101,7 @@ void store_rows(const Tile<acc_t>& tile, int64_t num_rows, const TileView<scalar
   }
 }
 
-// Logits of any strides, in acc_t. Behind the last row stand zeros.
+// Logits of any strides, in acc_t. What stands behind the last row does not count.
 template <typename scalar_t, typename acc_t>
 void load_tile(const TileView<const scalar_t>& logits, const TileRows<acc_t>& rows,
                const Tile<acc_t>& tile) {

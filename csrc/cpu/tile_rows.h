@@ -1,5 +1,5 @@
 // Loops over the rows of a tile in scratch memory: each step of the loss and of its gradient, for
-// one class (or two) of all rows after another.
+// one class, or a few, of all rows after another.
 #pragma once
 
 #include "tile_memory.h"
