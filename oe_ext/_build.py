@@ -169,11 +169,11 @@ def describe_build(root: Path) -> Build:
     import torch
 
     cuda = wants_cuda()
-    patterns = ["*.cpp", "cpu/*.cpp"] + (["cuda/*.cpp", "cuda/*.cu"] if cuda else [])
     sources = sorted(
         str(path.relative_to(root))
-        for pattern in patterns
-        for path in (root / "csrc").glob(pattern)
+        for path in (root / "csrc").rglob("*")
+        if path.suffix == ".cpp" or path.suffix == ".cu"
+        if cuda or path.parent.name != "cuda"
     )
     define_flags = [f"-D{define}" for define in DEFINES]
     define_flags.append(f"-DOE_EXT_TORCH_VERSION={torch.__version__}")

@@ -131,7 +131,7 @@ def _install_again() -> str:
 
 def _load_jit(reason: str) -> tuple[ModuleType, str]:
     root = _PACKAGE.parent
-    if not (root / "csrc" / "library.cpp").is_file():
+    if not (root / "csrc" / "bindings.cpp").is_file():
         raise ImportError(
             f"{reason}, and it cannot be built here, since {root} holds no csrc/ folder. A JIT "
             "build needs an editable checkout:\n"

@@ -102,7 +102,7 @@ def _is_eager(*tensors: Tensor) -> bool:
 
 
 def _wants_unit_gradient(logits: Tensor, reduction: str) -> bool:
-    """As autograd.cpp decides for the loss alone, of an eager call."""
+    """As outlier_exposure_autograd.cpp decides for the loss alone, of an eager call."""
     return (
         torch.is_grad_enabled()
         and logits.requires_grad

@@ -1,4 +1,4 @@
-"""Sums of floats with the same bits for any number of threads, as csrc/sums.h has them."""
+"""Sums of floats with the same bits for any number of threads, as csrc/autograd/sums.h has them."""
 
 from __future__ import annotations
 

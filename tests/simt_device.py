@@ -19,7 +19,7 @@ FOLDER = ROOT / "build" / f"simt-torch-{torch.__version__}"
 # The runtime and the operators: linked once. The kernels are a library of their own, so that
 # deliberately wrong copies can be loaded too.
 RUNTIME = [HARNESS / "backend.cpp", HARNESS / "scheduler.cpp", HARNESS / "checker.cpp"]
-RUNTIME += [HARNESS / "guard.cpp", ROOT / "csrc" / "layout.cpp"]
+RUNTIME += [HARNESS / "guard.cpp", ROOT / "csrc" / "ops" / "row_view.cpp"]
 KERNELS = Path("tests") / "simt" / "kernels.cpp"
 MAX_BLOCKS = 4096
 MAX_STAGE_BYTES = 44 * 1024

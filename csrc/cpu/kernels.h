@@ -10,7 +10,7 @@
 
 #include <algorithm>
 
-#include "../kernel_args.h"
+#include "../core/kernel_args.h"
 
 namespace oe_ext::cpu {
 

@@ -2,7 +2,7 @@
 // is not legal, or -1.
 #pragma once
 
-#include "../kernel_args.h"
+#include "../core/kernel_args.h"
 
 namespace oe_ext::cpu {
 

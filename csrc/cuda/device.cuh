@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "../kernel_args.h"
+#include "../core/kernel_args.h"
 
 // Declares `name`, the dynamic shared memory of a launch.
 #ifndef SIMT_CPU

@@ -2,7 +2,7 @@
 // in seconds and the CPU harness can run them too.
 #pragma once
 
-#include "../kernel_args.h"
+#include "../core/kernel_args.h"
 
 #ifndef SIMT_CPU
 #include <cuda_runtime_api.h>

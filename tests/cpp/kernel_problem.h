@@ -18,7 +18,7 @@
 #include <string>
 #include <vector>
 
-#include "kernel_args.h"
+#include "core/kernel_args.h"
 
 namespace oe_ext::testing {
 

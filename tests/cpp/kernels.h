@@ -2,7 +2,7 @@
 // thread a fiber (simt_kernels.cpp). Both return the first row whose label is not legal, or -1.
 #pragma once
 
-#include "kernel_args.h"
+#include "core/kernel_args.h"
 
 namespace oe_ext::testing {
 

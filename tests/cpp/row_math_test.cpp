@@ -1,5 +1,5 @@
 // The maths of one row on the host, against sums in long double.
-#include "row_math.h"
+#include "core/row_math.h"
 
 #include <gtest/gtest.h>
 
@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "kernel_args.h"
+#include "core/kernel_args.h"
 
 namespace oe_ext {
 namespace {

@@ -6,7 +6,7 @@
 #include <memory>
 #include <sstream>
 
-#include "../../csrc/operator.h"
+#include "../../csrc/ops/outlier_exposure_backend.h"
 #include "guard.h"
 #include "launchers.h"
 #include "simt.h"

@@ -22,8 +22,8 @@ ROWS = "csrc/cuda/rows.cuh"
 PIXELS = "csrc/cuda/pixels.cuh"
 REDUCE = "csrc/cuda/reduce.cuh"
 LAUNCH = "csrc/cuda/launch_cuda.cu"
-ARGS = "csrc/kernel_args.h"
-MATHS = "csrc/row_math.h"
+ARGS = "csrc/core/kernel_args.h"
+MATHS = "csrc/core/row_math.h"
 
 MUTANTS = [
     # Synchronisation and shared memory

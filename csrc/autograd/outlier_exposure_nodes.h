@@ -8,7 +8,7 @@
 #include <array>
 #include <string>
 
-#include "row_calculus.h"
+#include "outlier_exposure_derivatives.h"
 
 namespace oe_ext {
 
@@ -19,7 +19,7 @@ struct LossNode : torch::autograd::Node {
 
   void release_variables() override;
 
-  // For compiled autograd, in compiled_autograd.cpp.
+  // For compiled autograd, in outlier_exposure_compiled.cpp.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override;
   torch::autograd::variable_list apply_with_saved(
       const torch::autograd::variable_list& inputs,

@@ -1,7 +1,7 @@
 // How compiled autograd traces through our nodes. In a file of its own for its header's sake.
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
-#include "nodes.h"
+#include "outlier_exposure_nodes.h"
 
 namespace oe_ext {
 

@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "kernel_args.h"
+#include "../core/kernel_args.h"
 
 namespace oe_ext {
 

@@ -1,13 +1,15 @@
-// The schemas: the one list of this library's operators.
-#pragma once
+// The schemas of the operators, and the C++ function that calls them.
+#include "outlier_exposure.h"
 
 #include <torch/library.h>
 
 #include <vector>
 
+#include "../include/oe_ext/oe_ext.h"
+
 namespace oe_ext {
 
-inline void define_operators(torch::Library& m) {
+TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 
   // The overload with a tensor stands first: where an overload is chosen by its arguments, a
@@ -50,6 +52,20 @@ inline void define_operators(torch::Library& m) {
       "float alpha, Tensor? alpha_tensor, str reduction, SymInt? ignore_index, SymInt? ood_index) "
       "-> ()",
       tags);
+}
+
+at::Tensor outlier_exposure_loss(const at::Tensor& logits, const at::Tensor& target, double alpha,
+                                 std::string_view reduction, std::optional<int64_t> ignore_index,
+                                 std::optional<int64_t> ood_index) {
+  return loss_operator().call(logits, target, alpha, reduction, ignore_index, ood_index);
+}
+
+at::Tensor outlier_exposure_loss(const at::Tensor& logits, const at::Tensor& target,
+                                 const at::Tensor& alpha, std::string_view reduction,
+                                 std::optional<int64_t> ignore_index,
+                                 std::optional<int64_t> ood_index) {
+  return loss_tensor_alpha_operator().call(logits, target, alpha, reduction, ignore_index,
+                                           ood_index);
 }
 
 }  // namespace oe_ext

@@ -16,9 +16,9 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../core/kernel_args.h"
 #include "checks.h"
-#include "kernel_args.h"
-#include "layout.h"
+#include "row_view.h"
 
 namespace oe_ext {
 

@@ -2,7 +2,7 @@
 // for nothing.
 #include <c10/cuda/CUDAStream.h>
 
-#include "../operator.h"
+#include "../ops/outlier_exposure_backend.h"
 #include "launch_cuda.h"
 
 namespace oe_ext {

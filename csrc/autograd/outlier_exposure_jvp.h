@@ -1,7 +1,7 @@
 // Forward-mode AD: the tangents of the operators' outputs from those of their inputs.
 #pragma once
 
-#include "row_calculus.h"
+#include "outlier_exposure_derivatives.h"
 
 namespace oe_ext {
 

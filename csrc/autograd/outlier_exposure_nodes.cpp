@@ -1,4 +1,4 @@
-#include "nodes.h"
+#include "outlier_exposure_nodes.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -7,8 +7,8 @@
 
 #include <mutex>
 
+#include "outlier_exposure_jvp.h"
 #include "sums.h"
-#include "tangents.h"
 
 namespace oe_ext {
 

@@ -1,4 +1,4 @@
-#include "tangents.h"
+#include "outlier_exposure_jvp.h"
 
 #include <ATen/TensorOperators.h>
 

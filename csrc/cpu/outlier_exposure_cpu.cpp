@@ -1,5 +1,5 @@
 // The operators of the CPU backend.
-#include "../operator.h"
+#include "../ops/outlier_exposure_backend.h"
 #include "launch_cpu.h"
 
 namespace oe_ext {

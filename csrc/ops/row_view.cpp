@@ -1,4 +1,4 @@
-#include "layout.h"
+#include "row_view.h"
 
 #include <ATen/ops/empty.h>
 

@@ -10,10 +10,10 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include "layout.h"
-#include "nodes.h"
-#include "tangents.h"
-#include "torch_compat.h"
+#include "../ops/row_view.h"
+#include "../torch_compat.h"
+#include "outlier_exposure_jvp.h"
+#include "outlier_exposure_nodes.h"
 
 namespace oe_ext {
 namespace {

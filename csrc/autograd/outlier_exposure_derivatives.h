@@ -10,7 +10,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "checks.h"
+#include "../ops/checks.h"
 
 namespace oe_ext {
 

@@ -12,8 +12,8 @@
 #include <string>
 #include <string_view>
 
-#include "dispatch.h"
-#include "kernel_args.h"
+#include "../core/kernel_args.h"
+#include "outlier_exposure.h"
 
 namespace oe_ext {
 

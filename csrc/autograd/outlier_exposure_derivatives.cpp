@@ -1,4 +1,4 @@
-#include "row_calculus.h"
+#include "outlier_exposure_derivatives.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>

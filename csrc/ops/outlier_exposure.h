@@ -1,4 +1,4 @@
-// Typed handles of the operators in library.cpp, to call them through the dispatcher.
+// Typed handles of the operators in outlier_exposure.cpp, to call them through the dispatcher.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
