@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from oe_ext._reductions import REDUCTIONS
+
 if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed import ProcessGroup
 else:
@@ -20,14 +22,13 @@ else:
 
 
 __all__ = [
-    "REDUCTIONS",
     "TENSORS",
     "WORLD",
     "ProcessGroup",
     "as_group",
-    "as_mark",
     "as_number",
     "as_reduction",
+    "as_special_label",
     "check_alpha",
     "check_arguments",
     "check_group",
@@ -37,7 +38,6 @@ __all__ = [
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
 _NAME = "outlier_exposure_loss"
 
-REDUCTIONS = ("none", "sum", "mean", "group_mean")
 # Or what stands for one, where torch.fx traces.
 TENSORS = (Tensor, Proxy)
 # Names the group of all processes before there is one.
@@ -83,19 +83,19 @@ def as_number(alpha: Any, caller: str = _NAME) -> float:
     return number
 
 
-def as_mark(name: str, mark: Any, caller: str = _NAME) -> int | None:
+def as_special_label(name: str, label: Any, caller: str = _NAME) -> int | None:
     """ignore_index or ood_index. False is an integer to Python, but no label to anybody."""
-    if mark is None or type(mark) is int:
-        return mark
-    if isinstance(mark, torch.SymInt | Proxy):
-        return cast(int, mark)
-    is_bool = isinstance(mark, bool) or getattr(mark, "dtype", None) == torch.bool
+    if label is None or type(label) is int:
+        return label
+    if isinstance(label, torch.SymInt | Proxy):
+        return cast(int, label)
+    is_bool = isinstance(label, bool) or getattr(label, "dtype", None) == torch.bool
     try:
         if not is_bool:
-            return operator.index(mark)
+            return operator.index(label)
     except TypeError:
         pass
-    raise TypeError(f"{caller}: {name} must be an integer or None, got {_kind(mark)}")
+    raise TypeError(f"{caller}: {name} must be an integer or None, got {_kind(label)}")
 
 
 def check_group(group: ProcessGroup | str | None, caller: str = _NAME) -> None:

@@ -10,31 +10,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oe_ext._checks import check_arguments
-from oe_ext._sums import expand, sum_from_axis
+from oe_ext._reductions import reduce_rows
+from oe_ext._sums import expand
 from oe_ext.reference import inliers_and_outliers
 
-__all__ = ["class_parallel_outlier_exposure_loss", "reduce_rows"]
+__all__ = ["class_parallel_outlier_exposure_loss"]
 
 _FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward.default
 _BACKWARD = torch.ops.oe_ext._outlier_exposure_loss_backward.default
 
 _NAME = "class_parallel_outlier_exposure_loss"
 _CLASS_AXIS = 1
-# Labels for the local operator, whose rows are those of one process.
+# What special labels become.
 _OUTLIER, _IGNORED = -1, -2
 
 
-class _Rows(NamedTuple):
-    """What stands at each position."""
+class _Part(NamedTuple):
+    """The rows, and which of their classes are those of this process."""
 
-    label: Tensor  #: numbered from the first class of this process; it may be another's
-    inlier: Tensor
-    outlier: Tensor
+    labels: Tensor  #: int64: a class of all, or as above
+    first_class: int
     num_classes: int  #: of all processes
 
-    def is_here(self, logits: Tensor) -> Tensor:
-        """Inliers whose label is one of the classes of this process."""
-        return self.inlier & (self.label >= 0) & (self.label < logits.size(_CLASS_AXIS))
+    @property
+    def settings(self) -> tuple[int, None]:
+        """ignore_index and ood_index, by which the operator understands the labels."""
+        return _IGNORED, None
+
+    def mass_here(self, num_here: int) -> Tensor:
+        """How much of each row's distribution q lies on so many classes here."""
+        cls = self.labels - self.first_class
+        is_here = (self.labels >= 0) & (cls >= 0) & (cls < num_here)
+        return torch.where(self.labels == _OUTLIER, num_here / self.num_classes, is_here.double())
 
 
 def _exchange_sizes(
@@ -66,16 +73,18 @@ def _exchange_sizes(
 
 
 def _check_labels(
-    target: Tensor, rows: _Rows, anywhere: Tensor, is_bad: Tensor, ignore_index: int | None
+    target: Tensor, num_classes: int, anywhere: Tensor, is_bad: Tensor, ignore_index: int | None
 ) -> None:
     """``anywhere`` is not 0 where a process of the group has a label that is no class."""
     if target.device.type != "cpu":
-        torch._assert_async(anywhere == 0, f"{_NAME}: a label is neither a class nor a mark")
+        torch._assert_async(
+            anywhere == 0, f"{_NAME}: a label is neither a class nor a special label"
+        )
         return
     if is_bad.any():
         position = is_bad.nonzero()[0].tolist()
         raise IndexError(
-            f"{_NAME}: target must hold classes in [0, {rows.num_classes}), or a mark"
+            f"{_NAME}: target must hold classes in [0, {num_classes}), or a special label"
             f"{'' if ignore_index is None else f' (ignore_index = {ignore_index})'}; "
             f"got {target[is_bad][0].item()} at position {position}"
         )
@@ -86,50 +95,51 @@ def _check_labels(
 def _global_maximum(
     row_max: Tensor, is_bad: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """Of each row; and, on the same journey, whether a process has a bad label."""
+    """Of each row; and, in the same message, whether a process has a bad label."""
     packed = torch.cat([row_max.flatten(), is_bad.any().to(row_max.dtype).unsqueeze(0)])
     dist.all_reduce(packed, dist.ReduceOp.MAX, group=group)
     return packed[:-1].view(row_max.shape), packed[-1]
 
 
-def _local_statistics(logits: Tensor, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+def _local_statistics(logits: Tensor, part: _Part) -> tuple[Tensor, Tensor, Tensor]:
     """Of the classes of this process, by one pass of the fused operator over them: each row's
-    maximum, its sum of exp(logit - maximum), and its mean of (logit - maximum)."""
+    maximum, its sum of exp(logit - maximum), and its <q, logit - maximum>."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    if logits.size(_CLASS_AXIS) == 0:
-        nothing = torch.zeros(rows.label.shape, dtype=dtype, device=logits.device)
+    num_here = logits.size(_CLASS_AXIS)
+    if num_here == 0:
+        nothing = torch.zeros(part.labels.shape, dtype=dtype, device=logits.device)
         return nothing - torch.inf, nothing, nothing
-    # To this operator, all rows but those of no weight are outliers.
-    labels = torch.where(rows.inlier | rows.outlier, _OUTLIER, _IGNORED)
-    one = torch.ones((), dtype=dtype, device=logits.device)
-    _, to_uniform, row_max, row_sum_exp, _, _ = _FORWARD(
-        logits, labels, 1.0, one, "none", _IGNORED, None, False
+    cross_entropy, _, row_max, row_sum_exp, _, _ = _FORWARD(
+        logits,
+        part.labels,
+        1.0,
+        None,
+        "none",
+        *part.settings,
+        num_classes=part.num_classes,
+        first_class=part.first_class,
     )
     # A row of nothing but -inf has no exponentials.
-    mean = torch.where(row_sum_exp == 0, -torch.inf, row_sum_exp.log() - to_uniform)
-    return row_max, row_sum_exp, mean
+    of_q = torch.where(row_sum_exp == 0, -torch.inf, row_sum_exp.log() - cross_entropy)
+    return row_max, row_sum_exp, of_q
 
 
 def _global_sums(
-    logits: Tensor,
-    rows: _Rows,
     statistics: tuple[Tensor, Tensor, Tensor],
+    mass: Tensor,
     global_max: Tensor,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Over the classes of all processes, of logits from which the row's maximum was taken: of the
-    exponentials, of the logits themselves, and the logit at the label."""
-    row_max, row_sum_exp, mean = statistics
-    sums = row_max.new_zeros((3, *row_max.shape))
-    num_classes = logits.size(_CLASS_AXIS)
-    if num_classes > 0:
-        raised = row_max - global_max
-        sums[0] = row_sum_exp * raised.exp()
-        sums[1] = num_classes * (mean + raised)
-        is_here = rows.is_here(logits)
-        here = torch.where(is_here, rows.label, 0).unsqueeze(_CLASS_AXIS)
-        at_label = logits.gather(_CLASS_AXIS, here).squeeze(_CLASS_AXIS)
-        sums[2] = torch.where(is_here, at_label.to(sums.dtype) - global_max, 0)
+    """Over the classes of all processes, of logits from which the row's maximum was taken: the sum
+    of the exponentials, and that of the logits times q."""
+    row_max, row_sum_exp, of_q = statistics
+    raised = row_max - global_max
+    sums = torch.stack(
+        [
+            row_sum_exp * raised.exp(),
+            torch.where(mass > 0, of_q + mass.to(raised.dtype) * raised, 0),
+        ]
+    )
     dist.all_reduce(sums, group=group)
     return sums
 
@@ -139,13 +149,11 @@ class _RowCrossEntropy(torch.autograd.Function):
     the logits that are here: the backward sends nothing."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: _Rows, global_max: Tensor, sums: Tensor) -> Tensor:
-        sum_exp, sum_shifted, at_label = sums.unbind()
-        ctx.save_for_backward(logits, rows.label, rows.inlier, rows.outlier, global_max, sum_exp)
-        ctx.num_classes = rows.num_classes
-        log_sum = sum_exp.log()
-        of_outlier = torch.where(rows.outlier, log_sum - sum_shifted / rows.num_classes, 0)
-        return torch.where(rows.inlier, log_sum - at_label, of_outlier)
+    def forward(ctx: Any, logits: Tensor, part: _Part, global_max: Tensor, sums: Tensor) -> Tensor:
+        sum_exp, of_q = sums.unbind()
+        ctx.save_for_backward(logits, part.labels, global_max, sum_exp)
+        ctx.classes = part.first_class, part.num_classes
+        return torch.where(part.labels == _IGNORED, 0, sum_exp.log() - of_q)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,55 +162,27 @@ class _RowCrossEntropy(torch.autograd.Function):
                 f"{_NAME} cannot be differentiated twice; "
                 "oe_ext.outlier_exposure_loss of all classes can"
             )
-        logits, label, inlier, outlier, global_max, sum_exp = ctx.saved_tensors
-        num_local = logits.size(_CLASS_AXIS)
-        if num_local == 0:
+        logits, labels, global_max, sum_exp = ctx.saved_tensors
+        if logits.size(_CLASS_AXIS) == 0:
             return torch.zeros_like(logits), None, None, None
-        rows = _Rows(label, inlier, outlier & (grad != 0), ctx.num_classes)
-        is_here = rows.is_here(logits)
-        # The operator's own gradient, grad * (exp(logit - maximum) / sum - q). For an outlier, its
-        # q of 1 / num_local is to become 1 / num_classes: what it is too large by goes into grad
-        # and out of the sum. An inlier with its label elsewhere is given class 0 here, for now.
-        share = num_local / rows.num_classes
-        labels = torch.where(rows.outlier, _OUTLIER, _IGNORED)
-        labels = torch.where(inlier, torch.where(is_here, label, 0), labels)
-        upstream = torch.where(rows.outlier, grad * share, torch.where(inlier, grad, 0))
+        # Of an outlier without a gradient the logits may be anything.
+        skipped = (labels == _OUTLIER) & (grad == 0)
+        part = _Part(labels.masked_fill(skipped, _IGNORED), *ctx.classes)
         grad_logits = _BACKWARD(
-            upstream,
+            grad,
             logits,
-            labels,
+            part.labels,
             global_max,
-            torch.where(rows.outlier, sum_exp * share, sum_exp),
-            label.new_empty(0),
+            sum_exp,
+            sum_exp.new_empty(0, dtype=torch.float64),  # no counts
             1.0,
             None,
             "none",
-            _IGNORED,
-            None,
+            *part.settings,
+            part.num_classes,
+            part.first_class,
         )
-        first = logits.select(_CLASS_AXIS, 0).to(grad.dtype)
-        of_first = (grad * ((first - global_max).exp() / sum_exp)).to(grad_logits.dtype)
-        grad_of_first = grad_logits.select(_CLASS_AXIS, 0)
-        grad_of_first.copy_(torch.where(inlier & ~is_here, of_first, grad_of_first))
         return grad_logits, None, None, None
-
-
-def reduce_rows(row_loss: Tensor, inlier: Tensor, outlier: Tensor, reduction: str) -> Tensor:
-    """The losses of the positions, of which those that are ignored are 0, reduced."""
-    if reduction == "none":
-        return row_loss
-    zero = torch.zeros_like(row_loss)
-    inlier_sum = sum_from_axis(torch.where(inlier, row_loss, zero).double())
-    outlier_sum = sum_from_axis(torch.where(inlier, zero, row_loss).double())
-    if reduction == "sum":
-        total = inlier_sum + outlier_sum
-    elif reduction == "mean":
-        num_counted = (inlier | outlier).sum()
-        # 0 where all are ignored, NaN where there is nothing at all
-        total = (inlier_sum + outlier_sum) / num_counted.clamp(min=min(row_loss.numel(), 1))
-    else:
-        total = inlier_sum / inlier.sum().clamp(min=1) + outlier_sum / outlier.sum().clamp(min=1)
-    return total.to(row_loss.dtype)
 
 
 def class_parallel_outlier_exposure_loss(
@@ -221,7 +201,7 @@ def class_parallel_outlier_exposure_loss(
 
     The processes hold neighbouring classes in the order of their ranks, each as many as it likes
     (also none), and each the same rows. Each runs the fused operator over its own classes. Two
-    all-reduces make of that the statistics of all classes: a maximum a row, and then three sums
+    all-reduces make of that the statistics of all classes: a maximum a row, and then two sums
     (Shoeybi et al., "Megatron-LM", arXiv 1909.08053, do so for cross-entropy), in float32 (float64
     for float64 logits). The backward sends nothing. All get the same loss, and each the gradient of
     its own logits.
@@ -274,15 +254,17 @@ def class_parallel_outlier_exposure_loss(
     dtype = torch.promote_types(local_logits.dtype, torch.float32)
     weight = expand(torch.as_tensor(alpha, dtype=dtype, device=labels.device), labels.shape)
     weighs = outlier if weight.requires_grad else outlier & (weight != 0)
-    rows = _Rows(labels - sum(class_sizes[:rank]), inlier, weighs, num_classes)
     with torch.no_grad():
         is_bad = inlier & ((labels < 0) | (labels >= num_classes))
-        statistics = _local_statistics(local_logits, rows)
+        seen = torch.where(inlier & ~is_bad, labels, torch.where(weighs, _OUTLIER, _IGNORED))
+        part = _Part(seen, sum(class_sizes[:rank]), num_classes)
+        statistics = _local_statistics(local_logits.detach(), part)
         global_max, anywhere = _global_maximum(statistics[0], is_bad, group)
-        _check_labels(labels, rows, anywhere, is_bad, ignore_index)
-        sums = _global_sums(local_logits, rows, statistics, global_max, group)
+        _check_labels(labels, num_classes, anywhere, is_bad, ignore_index)
+        mass = part.mass_here(local_logits.size(_CLASS_AXIS))
+        sums = _global_sums(statistics, mass, global_max, group)
     cross_entropy: Tensor = _RowCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        local_logits, rows, global_max, sums
+        local_logits, part, global_max, sums
     )
     # An outlier that weighs nothing contributes exactly 0, whatever its logits are.
     finite = torch.where((weight == 0) & ~cross_entropy.isfinite(), 0, cross_entropy)

@@ -1,7 +1,7 @@
 """How a DTensor may shard the operators. Importing this module registers the rules.
 
-A batch that is sharded stays so. A mean needs the counts of all parts: distributed.py divides a
-sum instead.
+A batch that is sharded stays so. A mean needs the counts of all parts, which distributed.py gives
+to the forward.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
+
+from oe_ext._reductions import find_reduction
 
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
 _FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward.default
@@ -34,14 +36,15 @@ def _position_axes(target: Any) -> list[tuple[int, int]]:
 
 @register_sharding([_LOSS.default, _LOSS.tensor_alpha])  # type: ignore[untyped-decorator]
 def _shard_loss(
-    logits: Any, target: Any, alpha: Any = 0.5, reduction: str = "mean", **marks: Any
+    logits: Any, target: Any, alpha: Any = 0.5, reduction: str = "mean", **special_labels: Any
 ) -> list[tuple[list[Any], list[Any]]]:
     replicated = [Replicate()] * (3 if hasattr(alpha, "shape") else 2)
     shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()], replicated)]
-    if reduction in ("none", "sum"):
+    rule = find_reduction(reduction)
+    if not rule.counts:
         for dim, logits_dim in _position_axes(target):
             inputs = [Shard(logits_dim), Shard(dim), *_alpha_placement(alpha, target, dim)]
-            shardings.append(([Shard(dim) if reduction == "none" else Partial()], inputs))
+            shardings.append(([Partial() if rule.is_scalar else Shard(dim)], inputs))
     return shardings
 
 
@@ -54,22 +57,28 @@ def _shard_forward(
     reduction: str,
     ignore_index: int | None,
     ood_index: int | None,
-    unit_gradient: bool,
+    unit_gradient: bool | None = None,
+    counts: Any = None,
+    num_classes: int | None = None,
+    first_class: int = 0,
 ) -> list[tuple[list[Any], list[Any]]]:
-    replicated = [Replicate()] * (2 if alpha_tensor is None else 3)
+    replicated = [Replicate()] * (2 + (alpha_tensor is not None) + (counts is not None))
     shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()] * 6, replicated)]
-    if reduction in ("none", "sum") and not unit_gradient:
+    rule = find_reduction(reduction)
+    if (counts is not None or not rule.counts) and not unit_gradient:
         for dim, logits_dim in _position_axes(target):
             rows = Shard(dim)
+            # Counts that were given come back as they are; those of a sum are of these rows.
             outputs = [
-                rows if reduction == "none" else Partial(),
+                Partial() if rule.is_scalar else rows,
                 Replicate() if alpha_tensor is None else rows,  # empty without a tensor
                 rows,
                 rows,
-                Replicate() if reduction == "none" else Partial(),
+                Partial() if rule.is_scalar and counts is None else Replicate(),
                 Replicate(),  # no gradient: empty
             ]
             inputs = [Shard(logits_dim), rows, *_alpha_placement(alpha_tensor, target, dim)]
+            inputs += [] if counts is None else [Replicate()]
             shardings.append((outputs, inputs))
     return shardings
 
@@ -87,13 +96,15 @@ def _shard_backward(
     reduction: str,
     ignore_index: int | None,
     ood_index: int | None,
+    num_classes: int | None = None,
+    first_class: int = 0,
 ) -> list[tuple[list[Any], list[Any]]]:
     replicated = [Replicate()] * (6 if alpha_tensor is None else 7)
     shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()], replicated)]
     for dim, logits_dim in _position_axes(target):
         rows = Shard(dim)
         inputs = [
-            rows if reduction == "none" else Replicate(),
+            Replicate() if find_reduction(reduction).is_scalar else rows,
             Shard(logits_dim),
             rows,
             rows,
@@ -107,6 +118,7 @@ def _shard_backward(
 
 # DTensor keeps what it decided for an operator, and register_sharding() lets only integers among
 # the arguments tell one call from another. Here the reduction does.
+_SETTINGS = ["reduction", "ignore_index", "ood_index", "num_classes", "first_class"]
 for _operator, _first_setting in {
     _LOSS.default: 2,
     _LOSS.tensor_alpha: 3,
@@ -115,5 +127,5 @@ for _operator, _first_setting in {
 }.items():
     _propagator = DTensor._op_dispatcher.sharding_propagator
     _propagator.op_to_schema_info[_operator] = RuntimeSchemaInfo(
-        _first_setting, ["reduction", "ignore_index", "ood_index"], needs_pytree=True
+        _first_setting, _SETTINGS, needs_pytree=True
     )

@@ -101,17 +101,6 @@ def _is_eager(*tensors: Tensor) -> bool:
     )
 
 
-def _wants_unit_gradient(logits: Tensor, reduction: str) -> bool:
-    """As outlier_exposure_autograd.cpp decides for the loss alone, of an eager call."""
-    return (
-        torch.is_grad_enabled()
-        and logits.requires_grad
-        and reduction != "none"
-        and logits.dtype != torch.float16
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-    )
-
-
 def alpha_as_tensor(alpha: float, logits: Tensor) -> Tensor:
     """Of the dtype and on the device of the loss. torch.compile makes a variable of a number where
     it multiplies a tensor; anywhere else it is a constant, and each new one is compiled anew."""
@@ -139,10 +128,9 @@ def loss_with_stats(
     # that weigh nothing.
     weight = alpha if isinstance(alpha, TENSORS) else alpha_as_tensor(alpha, logits)
     eager = _is_eager(logits, target, weight)
-    unit_gradient = eager and _wants_unit_gradient(logits, reduction)
     loss, cross_entropy, row_max, row_sum_exp, _, _ = (
         torch.ops.oe_ext._outlier_exposure_loss_forward.default(
-            logits, target, 0.0, weight, reduction, ignore_index, ood_index, unit_gradient
+            logits, target, 0.0, weight, reduction, ignore_index, ood_index
         )
     )
     result: tuple[Tensor | LossStats | LossScores, ...] = (loss,)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from oe_ext._checks import check_arguments
-from oe_ext._sums import sum_from_axis
+from oe_ext._reductions import Reduction, find_reduction, reduce_rows
 from oe_ext.reference import inliers_and_outliers
 
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
@@ -75,28 +75,28 @@ class _Batch:
         return rows.reshape(*self.shape[:2], *rows.shape[1:])
 
     def counts(self) -> Tensor:
-        """Inliers and outliers of each sample: [batch, 2], int64."""
-        return torch.stack([self.inlier.sum(1), self.outlier.sum(1)], dim=1)
+        """Inliers and outliers of each sample: [batch, 2]."""
+        return torch.stack([self.inlier.sum(1), self.outlier.sum(1)], dim=1).double()
 
-    def divisors(self, reduction: str, counts: Tensor) -> Tensor:
-        """What the loss of each position is divided by; [batch, positions], or broadcast to it.
-        Never 0, also of a group without members: a derivative would see the infinity."""
-        if reduction == "sum":
-            return torch.ones_like(counts[:, :1])
-        if reduction == "mean":
-            return counts.sum(1, keepdim=True).clamp(min=1)
-        return torch.where(self.outlier, counts[:, 1:], counts[:, :1]).clamp(min=1)
+    def divisors(self, reduction: Reduction, counts: Tensor) -> Tensor:
+        """What the loss of each position is divided by: [batch, positions]."""
+        inliers, outliers = reduction.divisors(counts[:, :1], counts[:, 1:])
+        return torch.where(self.outlier, outliers, inliers)
 
-    def reduce(self, row_loss: Tensor, reduction: str) -> Tensor:
-        """The losses of the samples, from those of all rows."""
-        if reduction == "none":
-            return self.samples(row_loss)
-        divisors = self.divisors(reduction, self.counts())
-        terms = self.samples(row_loss).flatten(1).double() / divisors
-        total = sum_from_axis(terms, 1)
-        if reduction == "mean" and self.outlier.size(1) == 0:
-            total = total / 0  # NaN where there is nothing; 0 where all are ignored
-        return total.to(row_loss.dtype)
+    def reduce(self, row_loss: Tensor, reduction: Reduction, given: Tensor | None = None) -> Tensor:
+        """The losses of the samples, from those of all rows; ``given`` are counts to divide by."""
+        losses = self.samples(row_loss)
+        if not reduction.is_scalar:
+            return losses
+        counts = None if given is None else (given[:, 0], given[:, 1])
+        return reduce_rows(
+            losses.flatten(1),
+            self.inlier,
+            self.outlier,
+            reduction.name,
+            first_axis=1,
+            counts=counts,
+        )
 
 
 def _loss_rule(
@@ -129,7 +129,7 @@ def _loss_rule(
         ignore_index=ignore_index,
         ood_index=ood_index,
     )
-    return batch.reduce(row_loss, reduction), 0
+    return batch.reduce(row_loss, find_reduction(reduction)), 0
 
 
 def _forward_rule(
@@ -142,7 +142,10 @@ def _forward_rule(
     reduction: str,
     ignore_index: int | None,
     ood_index: int | None,
-    unit_gradient: bool,
+    unit_gradient: bool | None = None,
+    counts: Tensor | None = None,
+    num_classes: int | None = None,
+    first_class: int = 0,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     if unit_gradient:
         raise RuntimeError("_outlier_exposure_loss_forward: no unit_gradient under vmap")
@@ -156,18 +159,33 @@ def _forward_rule(
         ood_index,
     )
     row_loss, cross_entropy, row_max, row_sum_exp, no_counts, no_gradient = _FORWARD(
-        batch.logits, batch.target, alpha, batch.alpha, "none", ignore_index, ood_index, False
+        batch.logits,
+        batch.target,
+        alpha,
+        batch.alpha,
+        "none",
+        ignore_index,
+        ood_index,
+        False,
+        None,
+        num_classes,
+        first_class,
     )
-    has_alpha, reduces = alpha_tensor is not None, reduction != "none"
+    rule = find_reduction(reduction)
+    has_alpha = alpha_tensor is not None
+    given = None if counts is None else _batch_first(counts, in_dims[8], batch.size)
+    used_counts = no_counts
+    if rule.is_scalar:
+        used_counts = batch.counts() if given is None else given.clone()
     outputs = (
-        batch.reduce(row_loss, reduction),
+        batch.reduce(row_loss, rule, given),
         batch.samples(cross_entropy) if has_alpha else cross_entropy,
         batch.samples(row_max),
         batch.samples(row_sum_exp),
-        batch.counts() if reduces else no_counts,
+        used_counts,
         no_gradient,
     )
-    return outputs, (0, 0 if has_alpha else None, 0, 0, 0 if reduces else None, None)
+    return outputs, (0, 0 if has_alpha else None, 0, 0, 0 if rule.is_scalar else None, None)
 
 
 def _backward_rule(
@@ -184,6 +202,8 @@ def _backward_rule(
     reduction: str,
     ignore_index: int | None,
     ood_index: int | None,
+    num_classes: int | None = None,
+    first_class: int = 0,
 ) -> tuple[Tensor, int]:
     batch = _Batch(
         info.batch_size,
@@ -195,10 +215,11 @@ def _backward_rule(
         ood_index,
     )
     upstream = _batch_first(grad, in_dims[0], info.batch_size)
-    if reduction != "none":
+    rule = find_reduction(reduction)
+    if rule.is_scalar:
         sample_counts = _batch_first(counts, in_dims[5], info.batch_size)
-        divisors = batch.divisors(reduction, sample_counts).to(upstream.dtype)
-        upstream = (upstream.unsqueeze(1) / divisors).expand_as(batch.inlier).reshape(batch.shape)
+        divisors = batch.divisors(rule, sample_counts).to(upstream.dtype)
+        upstream = (upstream.unsqueeze(1) / divisors).reshape(batch.shape)
     grad_rows = _BACKWARD(
         upstream.flatten(0, 1),
         batch.logits,
@@ -211,6 +232,8 @@ def _backward_rule(
         "none",
         ignore_index,
         ood_index,
+        num_classes,
+        first_class,
     )
     return batch.samples(grad_rows), 0
 

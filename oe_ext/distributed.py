@@ -17,45 +17,38 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from oe_ext import _sharding  # noqa: F401
 from oe_ext._checks import check_alpha, check_arguments
-from oe_ext._class_parallel import class_parallel_outlier_exposure_loss, reduce_rows
+from oe_ext._class_parallel import class_parallel_outlier_exposure_loss
+from oe_ext._reductions import find_reduction, reduce_rows
 from oe_ext.reference import inliers_and_outliers
 
 __all__ = ["class_parallel_outlier_exposure_loss", "global_outlier_exposure_loss"]
 
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
+_FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward.default
 
 _CLASS_AXIS = 1
 
 
 def _call(
-    logits: Tensor, target: Tensor, alpha: float | Tensor, reduction: str, marks: dict[str, Any]
-) -> Tensor:
-    operator = _LOSS.tensor_alpha if isinstance(alpha, Tensor) else _LOSS.default
-    loss: Tensor = operator(logits, target, alpha, reduction, **marks)
-    return loss
-
-
-def _divided(
     logits: Tensor,
     target: Tensor,
     alpha: float | Tensor,
     reduction: str,
-    marks: dict[str, Any],
-    counts: tuple[Tensor, Tensor, Tensor],
-    factor: int,
+    special_labels: dict[str, Any],
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """``factor`` times the sum over these rows, divided by counts of (perhaps many) more: inliers,
-    outliers, and positions of any kind."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    inliers, outliers, positions = counts
-    if reduction == "mean":
-        # 0 where all are ignored, NaN where there is nothing at all
-        divisor = torch.maximum(inliers + outliers, positions.clamp(max=1)).to(dtype)
-        return _call(logits, target, alpha, "sum", marks) * (factor / divisor)
-    per_inlier = inliers.clamp(min=1).to(dtype)
-    per_outlier = outliers.clamp(min=1).to(dtype)
-    outlier_weight = (alpha * (per_inlier / per_outlier)).to(dtype)
-    return _call(logits, target, outlier_weight, "sum", marks) * (factor / per_inlier)
+    """The operator; its means divide by ``counts``, where they are given."""
+    is_tensor = isinstance(alpha, Tensor)
+    loss: Tensor
+    if counts is None:
+        operator = _LOSS.tensor_alpha if is_tensor else _LOSS.default
+        loss = operator(logits, target, alpha, reduction, **special_labels)
+    else:
+        number, tensor = (0.0, alpha) if is_tensor else (alpha, None)
+        loss, *_ = _FORWARD(
+            logits, target, number, tensor, reduction, **special_labels, counts=counts
+        )
+    return loss
 
 
 def global_outlier_exposure_loss(
@@ -73,9 +66,9 @@ def global_outlier_exposure_loss(
     What :func:`oe_ext.outlier_exposure_loss` calls where it is given a ``process_group`` or a
     DTensor; see there for the arguments.
 
-    With a ``process_group``, ``"mean"`` and ``"group_mean"`` divide by the counts of all processes
-    and multiply by their number: the average over the processes, of the losses or of the gradients,
-    is that of the whole batch in one process. ``"sum"`` and ``"none"`` are those of the local part.
+    With a ``process_group``, ``"mean"`` and ``"group_mean"`` divide by the counts that a process
+    has on average: the average over the processes, of the losses or of the gradients, is that of
+    the whole batch in one process. ``"sum"`` and ``"none"`` are those of the local part.
     One all-reduce of three integers is sent.
 
     With a DTensor the result is that of the whole batch; a batch that is sharded gives a sharded
@@ -86,7 +79,7 @@ def global_outlier_exposure_loss(
         ValueError: both a DTensor and a ``process_group``; classes that are sharded over several
             dimensions of the mesh.
     """
-    marks = {"ignore_index": ignore_index, "ood_index": ood_index}
+    special_labels = {"ignore_index": ignore_index, "ood_index": ood_index}
     if isinstance(logits, DTensor):
         if process_group is not None:
             raise ValueError(
@@ -94,9 +87,9 @@ def global_outlier_exposure_loss(
                 "process_group must be None"
             )
         if any(p.is_shard(_CLASS_AXIS) for p in logits.placements):
-            return _class_parallel_of_dtensor(logits, target, alpha, reduction, marks)
-    if reduction not in ("mean", "group_mean"):
-        return _call(logits, target, alpha, reduction, marks)
+            return _class_parallel_of_dtensor(logits, target, alpha, reduction, special_labels)
+    if not find_reduction(reduction).counts:
+        return _call(logits, target, alpha, reduction, special_labels)
     if not torch.compiler.is_dynamo_compiling():
         try:
             check_alpha(alpha)
@@ -108,20 +101,24 @@ def global_outlier_exposure_loss(
                 dist.all_reduce(nothing, group=process_group)
             raise
     inlier, outlier = inliers_and_outliers(target, ignore_index, ood_index)
-    if isinstance(logits, DTensor):
-        sums = (inlier.sum(), outlier.sum(), torch.ones_like(inlier).sum())
-        return _divided(logits, target, alpha, reduction, marks, sums, 1)
-    counts = torch.stack(
-        [inlier.sum(), outlier.sum(), torch.full_like(inlier, True).sum()]  # int64
-    )
-    dist.all_reduce(counts, group=process_group)
-    size = dist.get_world_size(process_group)
-    inliers, outliers, positions = counts.unbind()
-    return _divided(logits, target, alpha, reduction, marks, (inliers, outliers, positions), size)
+    # Inliers, outliers, and positions of any kind.
+    numbers = torch.stack([inlier.sum(), outlier.sum(), torch.ones_like(inlier).sum()])
+    num_parts = 1
+    if not isinstance(logits, DTensor):
+        dist.all_reduce(numbers, group=process_group)
+        num_parts = dist.get_world_size(process_group)
+    counts = numbers[:2].double() / num_parts
+    if find_reduction(reduction).empty_is_nan:
+        counts = torch.where(numbers[2] == 0, torch.nan, counts)
+    return _call(logits, target, alpha, reduction, special_labels, counts)
 
 
 def _class_parallel_of_dtensor(
-    logits: DTensor, target: Tensor, alpha: float | Tensor, reduction: str, marks: dict[str, Any]
+    logits: DTensor,
+    target: Tensor,
+    alpha: float | Tensor,
+    reduction: str,
+    special_labels: dict[str, Any],
 ) -> Tensor:
     """Classes that are sharded over one dimension of the mesh, and maybe a batch over others."""
     mesh = logits.device_mesh
@@ -164,10 +161,10 @@ def _class_parallel_of_dtensor(
         mesh.get_group(class_dims[0]),
         alpha,
         "none",
-        **marks,
+        **special_labels,
         class_sizes=class_sizes,
     )
     row_loss = DTensor.from_local(
         local_loss, mesh, rows, run_check=False, shape=target.shape, stride=target.stride()
     )
-    return reduce_rows(row_loss, *inliers_and_outliers(target, **marks), reduction)
+    return reduce_rows(row_loss, *inliers_and_outliers(target, **special_labels), reduction)

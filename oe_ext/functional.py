@@ -13,9 +13,9 @@ from oe_ext._checks import (
     TENSORS,
     ProcessGroup,
     as_group,
-    as_mark,
     as_number,
     as_reduction,
+    as_special_label,
     check_tensors,
 )
 from oe_ext._stats import LossScores, LossStats, alpha_as_tensor, loss_with_stats
@@ -154,9 +154,9 @@ def outlier_exposure_loss(
     if type(reduction) is not str:
         reduction = as_reduction(reduction)
     if ignore_index is not None and type(ignore_index) is not int:
-        ignore_index = as_mark("ignore_index", ignore_index)
+        ignore_index = as_special_label("ignore_index", ignore_index)
     if ood_index is not None and type(ood_index) is not int:
-        ood_index = as_mark("ood_index", ood_index)
+        ood_index = as_special_label("ood_index", ood_index)
     is_local = type(logits) in _LOCAL_TYPES
     if not is_local or type(target) is not Tensor:
         check_tensors(logits, target)

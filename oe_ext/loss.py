@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from oe_ext._checks import (
-    REDUCTIONS,
     WORLD,
     ProcessGroup,
     as_group,
-    as_mark,
     as_reduction,
+    as_special_label,
     check_alpha,
     check_group,
 )
+from oe_ext._reductions import find_reduction
 from oe_ext.functional import LossScores, LossStats, outlier_exposure_loss
 
 __all__ = ["OutlierExposureLoss"]
@@ -51,7 +51,8 @@ class OutlierExposureLoss(torch.nn.Module):
     Raises:
         ValueError: a reduction or a process_group that is none of the above, or a number that is
             not finite.
-        TypeError: an alpha that is no number and no tensor of floats, a mark that is no integer.
+        TypeError: an alpha that is no number and no tensor of floats, a special label that is no
+            integer.
     """
 
     alpha: float | Tensor
@@ -68,15 +69,11 @@ class OutlierExposureLoss(torch.nn.Module):
         return_scores: bool = False,
     ) -> None:
         super().__init__()
-        if as_reduction(reduction, _NAME) not in REDUCTIONS:
-            raise ValueError(
-                f"OutlierExposureLoss: reduction must be None or one of {', '.join(REDUCTIONS)}, "
-                f"got {reduction!r}"
-            )
+        find_reduction(as_reduction(reduction, _NAME), _NAME)
         self.alpha = alpha
         self.reduction = reduction
-        self.ignore_index = as_mark("ignore_index", ignore_index, _NAME)
-        self.ood_index = as_mark("ood_index", ood_index, _NAME)
+        self.ignore_index = as_special_label("ignore_index", ignore_index, _NAME)
+        self.ood_index = as_special_label("ood_index", ood_index, _NAME)
         self.process_group = process_group
         self.return_stats = return_stats
         self.return_scores = return_scores

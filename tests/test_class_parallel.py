@@ -137,7 +137,7 @@ def _bad_arguments():
     given(ValueError, "at least one class", logits=x[:, :0])
     given(
         IndexError,
-        r"\[0, 7\), or a mark .*; got 7 at position \[4\]",
+        r"\[0, 7\), or a special label .*; got 7 at position \[4\]",
         target=good.index_fill(0, torch.tensor(4), 7),
     )
     # Of one process alone.
@@ -264,10 +264,10 @@ def _bytes_sent(num_rows, num_classes):
 
 
 def _bytes():
-    """Three integers; a maximum and three sums a row; and whether a label is bad."""
-    assert _bytes_sent(32, 10) == _bytes_sent(32, 1000) == 24 + 4 * (4 * 32 + 1)
-    assert _bytes_sent(64, 10) == 24 + 4 * (4 * 64 + 1)
+    """Three integers; a maximum and two sums a row; and whether a label is bad."""
+    assert _bytes_sent(32, 10) == _bytes_sent(32, 1000) == 24 + 4 * (3 * 32 + 1)
+    assert _bytes_sent(64, 10) == 24 + 4 * (3 * 64 + 1)
 
 
-def test_class_parallel_sends_four_values_a_row():
+def test_class_parallel_sends_three_values_a_row():
     run(2, _bytes)

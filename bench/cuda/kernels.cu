@@ -26,10 +26,12 @@ OE_EXT_INSTANTIATE_DTYPE(float, float);
 OE_EXT_INSTANTIATE_DTYPE(c10::Half, float);
 OE_EXT_INSTANTIATE_DTYPE(c10::BFloat16, float);
 
-template __global__ void outlier_exposure_write_loss_kernel<double>(LossOutput<double>, Reduction,
-                                                                    int64_t, Partials);
-template __global__ void outlier_exposure_write_loss_kernel<float>(LossOutput<float>, Reduction,
-                                                                   int64_t, Partials);
+template __global__ void outlier_exposure_write_loss_kernel<double>(LossOutput<double>, DivisorRule,
+                                                                    const double*, int64_t,
+                                                                    Partials);
+template __global__ void outlier_exposure_write_loss_kernel<float>(LossOutput<float>, DivisorRule,
+                                                                   const double*, int64_t,
+                                                                   Partials);
 
 // Not a template: taking its address keeps it.
 const void* const count_rows_kernel =

@@ -22,55 +22,16 @@ void set_tangent(const at::Tensor& output, const at::Tensor& tangent) {
   output._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
 }
 
-// The loss has a derivative; the statistics have none of their own. Whoever differentiates the
-// backward operator differentiates them with the logits.
-ForwardResult differentiable_forward(c10::DispatchKeySet keys, const at::Tensor& logits,
-                                     const at::Tensor& target, const OptionalTensor& alpha_tensor,
-                                     LossOptions options, bool unit_gradient) {
-  NodePtr<OutlierExposureLossBackward0> node;
-  if (torch::autograd::compute_requires_grad(logits, alpha_tensor)) {
-    node = make_node<OutlierExposureLossBackward0>();
-    node->set_next_edges(torch::autograd::collect_next_edges(logits, alpha_tensor));
-  }
-  ForwardResult result;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    result = forward_operator().redispatch(keys & c10::after_autograd_keyset, logits, target,
-                                           options.alpha, alpha_tensor, options.reduction,
-                                           options.ignore_index, options.ood_index, unit_gradient);
-  }
-  const auto& [loss, row_cross_entropy, row_max, row_sum_exp, counts, gradient] = result;
-  if (any_tangent(logits, alpha_tensor)) {
-    set_tangent(loss, loss_tangent(logits, target, counts, alpha_tensor, options));
-  }
-  if (node) {
-    node->save_inputs(logits, target, counts, alpha_tensor, std::move(options));
-    node->save_statistics(row_cross_entropy, row_max, row_sum_exp);
-    if (unit_gradient) {
-      node->save_unit_gradient(gradient);
-    }
-    torch::autograd::set_history(loss, node);
-  }
-  return result;
-}
-
-ForwardResult forward_autograd(c10::DispatchKeySet keys, const at::Tensor& logits,
-                               const at::Tensor& target, double alpha,
-                               const OptionalTensor& alpha_tensor, std::string_view reduction,
-                               OptionalSymInt ignore_index, OptionalSymInt ood_index,
-                               bool unit_gradient) {
-  return differentiable_forward(keys, logits, target, alpha_tensor,
-                                {alpha, std::string(reduction), ignore_index, ood_index},
-                                unit_gradient);
-}
-
 // Should the forward pass write the gradient too, for an upstream gradient of 1? That saves a read
-// of the logits. Not in float16, where a scale that comes later comes too late; not where the
-// graph is traced, which would have to copy the gradient; not where the user's hooks decide what is
-// kept for the backward.
-bool wants_unit_gradient(const at::Tensor& logits, std::string_view reduction) {
-  return torch::autograd::compute_requires_grad(logits) && reduction != "none" &&
-         logits.scalar_type() != at::kHalf && !at::isTensorSubclassLike(logits) &&
+// of the logits. Not in float16, where a scale that comes later comes too late; not where the call
+// is traced or transformed, which would have to copy the gradient; not where the user's hooks
+// decide what is kept for the backward.
+bool wants_unit_gradient(const LossInputs& inputs) {
+  const auto is_plain = [](const at::Tensor& tensor) { return !at::isTensorSubclassLike(tensor); };
+  return torch::autograd::compute_requires_grad(inputs.logits) &&
+         inputs.options.reduction.is_scalar && inputs.logits.scalar_type() != at::kHalf &&
+         is_plain(inputs.logits) && is_plain(inputs.target) &&
+         (!inputs.alpha_tensor.has_value() || is_plain(*inputs.alpha_tensor)) &&
          !at::SavedTensorDefaultHooks::get_hooks().has_value();
 }
 
@@ -85,72 +46,84 @@ at::Tensor readable_logits(const at::Tensor& logits) {
              : logits.contiguous(logits.suggest_memory_format());
 }
 
-at::Tensor loss_autograd(c10::DispatchKeySet keys, const at::Tensor& logits,
-                         const at::Tensor& target, double alpha, std::string_view reduction,
-                         OptionalSymInt ignore_index, OptionalSymInt ood_index) {
-  if (torch::autograd::compute_requires_grad(logits) || any_tangent(logits)) {
-    return std::get<0>(
-        differentiable_forward(keys, readable_logits(logits), target, std::nullopt,
-                               {alpha, std::string(reduction), ignore_index, ood_index},
-                               wants_unit_gradient(logits, reduction)));
-  }
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return loss_operator().redispatch(keys & c10::after_autograd_keyset, logits, target, alpha,
-                                    reduction, ignore_index, ood_index);
-}
-
-at::Tensor loss_tensor_alpha_autograd(c10::DispatchKeySet keys, const at::Tensor& logits,
-                                      const at::Tensor& target, const at::Tensor& alpha,
-                                      std::string_view reduction, OptionalSymInt ignore_index,
-                                      OptionalSymInt ood_index) {
-  if (torch::autograd::compute_requires_grad(logits, alpha) || any_tangent(logits, alpha)) {
-    return std::get<0>(
-        differentiable_forward(keys, readable_logits(logits), target, alpha,
-                               {0.0, std::string(reduction), ignore_index, ood_index},
-                               wants_unit_gradient(logits, reduction)));
-  }
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return loss_tensor_alpha_operator().redispatch(keys & c10::after_autograd_keyset, logits, target,
-                                                 alpha, reduction, ignore_index, ood_index);
-}
-
-at::Tensor backward_autograd(c10::DispatchKeySet keys, const at::Tensor& grad,
-                             const at::Tensor& logits, const at::Tensor& target,
-                             const at::Tensor& row_max, const at::Tensor& row_sum_exp,
-                             const at::Tensor& counts, double alpha,
-                             const OptionalTensor& alpha_tensor, std::string_view reduction,
-                             OptionalSymInt ignore_index, OptionalSymInt ood_index) {
-  NodePtr<OutlierExposureLossBackwardBackward0> node;
-  if (torch::autograd::compute_requires_grad(grad, logits, alpha_tensor)) {
-    node = make_node<OutlierExposureLossBackwardBackward0>();
-    node->set_next_edges(torch::autograd::collect_next_edges(grad, logits, alpha_tensor));
-  }
-  at::Tensor grad_logits;
-  {
+struct AutogradKernels {
+  static at::Tensor loss(const LossInputs& inputs) {
+    if (torch::autograd::compute_requires_grad(inputs.logits, inputs.alpha_tensor) ||
+        any_tangent(inputs.logits, inputs.alpha_tensor)) {
+      const at::Tensor logits = readable_logits(inputs.logits);
+      return std::get<0>(
+          forward({logits, inputs.target, inputs.alpha_tensor, inputs.options}, {}, std::nullopt));
+    }
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    grad_logits = backward_operator().redispatch(keys & c10::after_autograd_keyset, grad, logits,
-                                                 target, row_max, row_sum_exp, counts, alpha,
-                                                 alpha_tensor, reduction, ignore_index, ood_index);
+    return call_loss(inputs);
   }
-  const LossOptions options{alpha, std::string(reduction), ignore_index, ood_index};
-  if (any_tangent(grad, logits, alpha_tensor)) {
-    set_tangent(grad_logits, backward_tangent(grad, logits, target, counts, alpha_tensor, options));
+
+  // The loss has a derivative; the statistics have none of their own. Whoever differentiates the
+  // backward operator differentiates them with the logits.
+  static ForwardResult forward(const LossInputs& inputs, const OptionalTensor& counts,
+                               std::optional<bool> unit_gradient) {
+    NodePtr<OutlierExposureLossBackward0> node;
+    if (torch::autograd::compute_requires_grad(inputs.logits, inputs.alpha_tensor)) {
+      node = make_node<OutlierExposureLossBackward0>();
+      node->set_next_edges(torch::autograd::collect_next_edges(inputs.logits, inputs.alpha_tensor));
+    }
+    const bool differentiates = node || any_tangent(inputs.logits, inputs.alpha_tensor);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !differentiates || !inputs.options.is_part(),
+        "_outlier_exposure_loss_forward: the loss of a part of the classes has no derivative of "
+        "its own; class_parallel_outlier_exposure_loss has that of all");
+    const bool writes_gradient = unit_gradient.value_or(wants_unit_gradient(inputs));
+    ForwardResult result;
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      result = call_forward(inputs, counts, writes_gradient);
+    }
+    const at::Tensor& loss = std::get<0>(result);
+    const at::Tensor& used_counts = std::get<4>(result);
+    if (any_tangent(inputs.logits, inputs.alpha_tensor)) {
+      set_tangent(loss, loss_jvp(inputs, used_counts));
+    }
+    if (node) {
+      node->save_inputs(inputs, used_counts);
+      node->save_result(result);
+      torch::autograd::set_history(loss, node);
+    }
+    return result;
   }
-  if (node) {
-    node->save_inputs(logits, target, counts, alpha_tensor, options);
-    node->save_grad(grad);
-    torch::autograd::set_history(grad_logits, node);
+
+  static at::Tensor backward(const at::Tensor& grad, const LossInputs& inputs,
+                             const RowStatistics& statistics) {
+    NodePtr<OutlierExposureLossBackwardBackward0> node;
+    if (torch::autograd::compute_requires_grad(grad, inputs.logits, inputs.alpha_tensor)) {
+      node = make_node<OutlierExposureLossBackwardBackward0>();
+      node->set_next_edges(
+          torch::autograd::collect_next_edges(grad, inputs.logits, inputs.alpha_tensor));
+    }
+    const bool has_tangent = any_tangent(grad, inputs.logits, inputs.alpha_tensor);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !(node || has_tangent) || !inputs.options.is_part(),
+        "_outlier_exposure_loss_backward: a part of the classes cannot be differentiated twice");
+    at::Tensor grad_logits;
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      grad_logits = call_backward(grad, inputs, statistics);
+    }
+    if (has_tangent) {
+      set_tangent(grad_logits, backward_jvp(grad, inputs, statistics.counts));
+    }
+    if (node) {
+      node->save_inputs(inputs, statistics.counts);
+      node->save_grad(grad);
+      torch::autograd::set_history(grad_logits, node);
+    }
+    return grad_logits;
   }
-  return grad_logits;
-}
+};
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(oe_ext, Autograd, m) {
-  m.impl("outlier_exposure_loss", TORCH_FN(loss_autograd));
-  m.impl("outlier_exposure_loss.tensor_alpha", TORCH_FN(loss_tensor_alpha_autograd));
-  m.impl("_outlier_exposure_loss_forward", TORCH_FN(forward_autograd));
-  m.impl("_outlier_exposure_loss_backward", TORCH_FN(backward_autograd));
+  OutlierExposureKernels<AutogradKernels>::register_for(m);
   // The node calls it below autograd. Whoever else calls it is told that it records no graph.
   m.impl("_outlier_exposure_loss_backward_from_unit",
          torch::autograd::autogradNotImplementedFallback());

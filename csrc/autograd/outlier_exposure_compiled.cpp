@@ -13,7 +13,7 @@ void LossNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) co
     args.collect(variable, /*is_output=*/false);
   }
   args.collect(options_.alpha);
-  args.collect(options_.reduction);
+  args.collect(std::string(options_.reduction.name));
   args.collect(options_.ignore_index);
   args.collect(options_.ood_index);
 }

@@ -28,41 +28,43 @@ at::Tensor with_classes_last(const at::Tensor& like_logits) {
   return like_logits.movedim(kClassAxis, -1).contiguous();
 }
 
+// 1 over what a group's losses are divided by, with an axis for each of the target's: of 0-dim
+// tensors vmap asks the first sample, and there may be none. A group without members divides
+// nothing, but what it would divide by must not be 0.
+at::Tensor group_scale(const Divisor& divisor, const at::Tensor& counts, const at::Tensor& one,
+                       int64_t num_axes) {
+  if (!divisor.counts()) {
+    return one;
+  }
+  const at::Tensor members = divisor.by_inliers && divisor.by_outliers
+                                 ? counts.sum()
+                                 : counts.select(0, divisor.by_inliers ? 0 : 1);
+  const std::vector<int64_t> ones(num_axes, 1);
+  return members.masked_fill(members.eq(0), 1).to(one.scalar_type()).reciprocal().reshape(ones);
+}
+
 at::Tensor with_classes_second(const at::Tensor& values) { return values.movedim(-1, kClassAxis); }
 
 }  // namespace
 
-RowScales::RowScales(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& counts,
-                     const OptionalTensor& alpha_tensor, const LossOptions& options) {
+RowScales::RowScales(const LossInputs& inputs, const at::Tensor& counts) {
+  const auto& [logits, target, alpha_tensor, options] = inputs;
   const at::ScalarType dtype = loss_dtype(logits);
-  const Reduction reduction = parse_reduction(options.reduction);
-  reduces_ = reduction != Reduction::kNone;
+  is_scalar_ = options.reduction.is_scalar;
 
   label_ = target.to(at::kLong);
   const at::Tensor ignored = options.ignore_index.has_value() ? label_.eq(*options.ignore_index)
                                                               : at::zeros_like(label_, at::kBool);
-  const at::Tensor marked =
+  const at::Tensor special =
       options.ood_index.has_value() ? label_.eq(*options.ood_index) : label_.lt(0);
-  outlier_ = marked.logical_and(ignored.logical_not());
-  inlier_ = marked.logical_or(ignored).logical_not();
+  outlier_ = special.logical_and(ignored.logical_not());
+  inlier_ = special.logical_or(ignored).logical_not();
 
   const at::Tensor one = at::scalar_tensor(1, logits.options().dtype(dtype));
   const at::Tensor zero = at::zeros_like(one);
-  // A group without members divides nothing, but what it would divide by must be finite. With an
-  // axis for each of the target's: of 0-dim tensors vmap asks the first sample, and there may be
-  // none.
-  const auto per_member = [&](const at::Tensor& count) {
-    const std::vector<int64_t> ones(target.dim(), 1);
-    return count.clamp_min(1).to(dtype).reciprocal().reshape(ones);
-  };
-  at::Tensor inlier_scale = one;
-  at::Tensor outlier_scale = one;
-  if (reduction == Reduction::kMean) {
-    inlier_scale = outlier_scale = per_member(counts.sum());
-  } else if (reduction == Reduction::kGroupMean) {
-    inlier_scale = per_member(counts.select(0, 0));
-    outlier_scale = per_member(counts.select(0, 1));
-  }
+  const DivisorRule& rule = options.reduction.divisors;
+  const at::Tensor inlier_scale = group_scale(rule.inliers, counts, one, target.dim());
+  const at::Tensor outlier_scale = group_scale(rule.outliers, counts, one, target.dim());
   const at::Tensor alpha = alpha_tensor.has_value() ? repeat_like(alpha_tensor->to(dtype), target)
                                                     : one.mul(options.alpha);
   if (alpha_tensor.has_value()) {
@@ -73,7 +75,7 @@ RowScales::RowScales(const at::Tensor& logits, const at::Tensor& target, const a
 }
 
 at::Tensor RowScales::reduce(const at::Tensor& per_row) const {
-  return reduces_ ? sum_from_axis(per_row, 0) : per_row;
+  return is_scalar_ ? sum_from_axis(per_row, 0) : per_row;
 }
 
 at::Tensor RowScales::of_outliers(const at::Tensor& values) const {
@@ -89,23 +91,22 @@ at::Tensor RowScales::silent(const at::Tensor& logits) const {
 }
 
 at::Tensor RowScales::outlier_cross_entropy(const at::Tensor& logits) const {
-  constexpr int64_t kOutlier = -1;
-  constexpr int64_t kIgnored = 0;
+  const c10::SymInt kOutlier = -1;
+  const c10::SymInt kIgnored = 0;
   const at::Tensor silent_rows = silent(logits);
   const bool has_silent = silent_rows.defined();
   const at::Tensor seen = has_silent ? outlier_.logical_and(silent_rows.logical_not()) : outlier_;
   const at::Tensor labels = at::zeros_like(label_).masked_fill(seen, kOutlier);
-  const at::Tensor cross_entropy =
-      loss_operator().call(logits, labels, /*alpha=*/1.0, "none", kIgnored, /*ood_index=*/kOutlier);
+  const LossOptions of_each_row = {/*alpha=*/1.0, parse_reduction("none"), kIgnored, kOutlier};
+  const at::Tensor cross_entropy = call_loss({logits, labels, std::nullopt, of_each_row});
   return has_silent
              ? cross_entropy.masked_fill(silent_rows, std::numeric_limits<double>::quiet_NaN())
              : cross_entropy;
 }
 
-RowCalculus::RowCalculus(const at::Tensor& logits, const at::Tensor& target,
-                         const at::Tensor& counts, const OptionalTensor& alpha_tensor,
-                         const LossOptions& options)
-    : RowScales(logits, target, counts, alpha_tensor, options) {
+RowDerivatives::RowDerivatives(const LossInputs& inputs, const at::Tensor& counts)
+    : RowScales(inputs, counts) {
+  const auto& [logits, target, alpha_tensor, options] = inputs;
   counted_ = inlier_;
   if (alpha_tensor.has_value()) {
     counted_ = inlier_.logical_or(outlier_).logical_and(silent(logits).logical_not());
@@ -122,29 +123,30 @@ RowCalculus::RowCalculus(const at::Tensor& logits, const at::Tensor& target,
   residual_ = softmax_ - q;
 }
 
-at::Tensor RowCalculus::part_of(const at::Tensor& like_logits) const {
+at::Tensor RowDerivatives::part_of(const at::Tensor& like_logits) const {
   return where_or_zero(counted_.unsqueeze(-1),
                        with_classes_last(like_logits.to(scale.scalar_type())));
 }
 
-at::Tensor RowCalculus::of_rows(const at::Tensor& values) const {
+at::Tensor RowDerivatives::of_rows(const at::Tensor& values) const {
   return where_or_zero(counted_, repeat_like(values, counted_));
 }
 
-at::Tensor RowCalculus::cross_entropy_along(const at::Tensor& v) const {
+at::Tensor RowDerivatives::cross_entropy_along(const at::Tensor& v) const {
   return sum_from_axis(residual_ * part_of(v), label_.dim());
 }
 
-at::Tensor RowCalculus::times_residual(const at::Tensor& factor) const {
+at::Tensor RowDerivatives::times_residual(const at::Tensor& factor) const {
   return with_classes_second(factor.unsqueeze(-1) * residual_);
 }
 
-at::Tensor RowCalculus::times_outlier_residual(const at::Tensor& factor) const {
+at::Tensor RowDerivatives::times_outlier_residual(const at::Tensor& factor) const {
   return with_classes_second(factor.unsqueeze(-1) *
                              where_or_zero(outlier_.unsqueeze(-1), residual_));
 }
 
-at::Tensor RowCalculus::times_softmax_along(const at::Tensor& factor, const at::Tensor& v) const {
+at::Tensor RowDerivatives::times_softmax_along(const at::Tensor& factor,
+                                               const at::Tensor& v) const {
   const at::Tensor direction = part_of(v);
   const at::Tensor mean = sum_from_axis(softmax_ * direction, label_.dim()).unsqueeze(-1);
   return with_classes_second(factor.unsqueeze(-1) * softmax_ * (direction - mean));

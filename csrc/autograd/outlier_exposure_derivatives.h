@@ -14,19 +14,10 @@
 
 namespace oe_ext {
 
-// The arguments of the loss beside its tensors.
-struct LossOptions {
-  double alpha = 0;
-  std::string reduction;
-  OptionalSymInt ignore_index;
-  OptionalSymInt ood_index;
-};
-
 // What each position's cross-entropy is multiplied by on its way into the loss; target's shape, in
 // the dtype of the loss.
 struct RowScales {
-  RowScales(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& counts,
-            const OptionalTensor& alpha_tensor, const LossOptions& options);
+  RowScales(const LossInputs& inputs, const at::Tensor& counts);
 
   // From one value a position to the shape of the loss.
   at::Tensor reduce(const at::Tensor& per_row) const;
@@ -45,7 +36,7 @@ struct RowScales {
   // tensor alpha has such rows; undefined for a number.
   at::Tensor silent(const at::Tensor& logits) const;
 
-  bool reduces_;           // reduction is not none
+  bool is_scalar_;         // the loss is
   at::Tensor label_;       // int64
   at::Tensor outlier_;     // bool
   at::Tensor inlier_;      // bool
@@ -54,9 +45,8 @@ struct RowScales {
 
 // The rows themselves, their classes along the last axis. Those that take no part have logits of
 // zero; a factor or a direction of zero is what keeps them out.
-struct RowCalculus : RowScales {
-  RowCalculus(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& counts,
-              const OptionalTensor& alpha_tensor, const LossOptions& options);
+struct RowDerivatives : RowScales {
+  RowDerivatives(const LossInputs& inputs, const at::Tensor& counts);
 
   // Zero where a row takes no part. Of values that broadcast to the target's shape.
   at::Tensor of_rows(const at::Tensor& values) const;

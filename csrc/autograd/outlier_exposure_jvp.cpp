@@ -11,6 +11,22 @@ OptionalTensor primal_of(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(primal_of(*tensor)) : std::nullopt;
 }
 
+// The inputs without their tangents.
+struct Primals {
+  explicit Primals(const LossInputs& from)
+      : logits(primal_of(from.logits)),
+        alpha(primal_of(from.alpha_tensor)),
+        target(from.target),
+        options(from.options) {}
+
+  LossInputs inputs() const { return {logits, target, alpha, options}; }
+
+  at::Tensor logits;
+  OptionalTensor alpha;
+  const at::Tensor& target;
+  const LossOptions& options;
+};
+
 at::Tensor add_defined(const at::Tensor& a, const at::Tensor& b) { return a.defined() ? a + b : b; }
 
 }  // namespace
@@ -19,32 +35,31 @@ at::Tensor tangent_of(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->defined() ? tensor->_fw_grad(/*level=*/0) : at::Tensor();
 }
 
-at::Tensor loss_tangent(const at::Tensor& logits, const at::Tensor& target,
-                        const at::Tensor& counts, const OptionalTensor& alpha_tensor,
-                        const LossOptions& options) {
-  const at::Tensor logits_tangent = tangent_of(logits);
-  const at::Tensor alpha_tangent = tangent_of(alpha_tensor);
-  const at::Tensor x = primal_of(logits);
-  const RowCalculus rows(x, target, counts, primal_of(alpha_tensor), options);
+at::Tensor loss_jvp(const LossInputs& inputs, const at::Tensor& counts) {
+  const at::Tensor logits_tangent = tangent_of(inputs.logits);
+  const at::Tensor alpha_tangent = tangent_of(inputs.alpha_tensor);
+  const Primals primals(inputs);
+  const RowDerivatives rows(primals.inputs(), counts);
   at::Tensor per_row;
   if (logits_tangent.defined()) {
     per_row = rows.scale * rows.cross_entropy_along(logits_tangent);
   }
   if (alpha_tangent.defined()) {
     const at::Tensor of_alpha = rows.of_outliers(alpha_tangent.to(rows.scale.scalar_type()));
-    per_row = add_defined(per_row, rows.alpha_scale * of_alpha * rows.outlier_cross_entropy(x));
+    per_row = add_defined(per_row,
+                          rows.alpha_scale * of_alpha * rows.outlier_cross_entropy(primals.logits));
   }
   return rows.reduce(per_row);
 }
 
-at::Tensor backward_tangent(const at::Tensor& grad, const at::Tensor& logits,
-                            const at::Tensor& target, const at::Tensor& counts,
-                            const OptionalTensor& alpha_tensor, const LossOptions& options) {
+at::Tensor backward_jvp(const at::Tensor& grad, const LossInputs& inputs,
+                        const at::Tensor& counts) {
   const at::Tensor grad_tangent = tangent_of(grad);
-  const at::Tensor logits_tangent = tangent_of(logits);
-  const at::Tensor alpha_tangent = tangent_of(alpha_tensor);
+  const at::Tensor logits_tangent = tangent_of(inputs.logits);
+  const at::Tensor alpha_tangent = tangent_of(inputs.alpha_tensor);
   const at::Tensor upstream = primal_of(grad);
-  const RowCalculus rows(primal_of(logits), target, counts, primal_of(alpha_tensor), options);
+  const Primals primals(inputs);
+  const RowDerivatives rows(primals.inputs(), counts);
   at::Tensor tangent;
   if (logits_tangent.defined()) {
     tangent = rows.times_softmax_along(rows.scale * rows.of_rows(upstream), logits_tangent);
@@ -57,7 +72,7 @@ at::Tensor backward_tangent(const at::Tensor& grad, const at::Tensor& logits,
     tangent = add_defined(
         tangent, rows.times_outlier_residual(rows.alpha_scale * rows.of_rows(upstream) * of_alpha));
   }
-  return tangent.to(logits.scalar_type());
+  return tangent.to(inputs.logits.scalar_type());
 }
 
 }  // namespace oe_ext

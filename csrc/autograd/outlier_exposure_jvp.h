@@ -13,12 +13,8 @@ bool any_tangent(const Tensors&... tensors) {
   return (tangent_of(tensors).defined() || ...);
 }
 
-at::Tensor loss_tangent(const at::Tensor& logits, const at::Tensor& target,
-                        const at::Tensor& counts, const OptionalTensor& alpha_tensor,
-                        const LossOptions& options);
-
-at::Tensor backward_tangent(const at::Tensor& grad, const at::Tensor& logits,
-                            const at::Tensor& target, const at::Tensor& counts,
-                            const OptionalTensor& alpha_tensor, const LossOptions& options);
+// Of the loss, and of the backward operator's result; counts are those that a mean divides by.
+at::Tensor loss_jvp(const LossInputs& inputs, const at::Tensor& counts);
+at::Tensor backward_jvp(const at::Tensor& grad, const LossInputs& inputs, const at::Tensor& counts);
 
 }  // namespace oe_ext

@@ -28,14 +28,12 @@ at::Tensor alpha_gradient(const at::Tensor& per_row, const at::Tensor& alpha) {
 
 }  // namespace
 
-void LossNode::save_inputs(const at::Tensor& logits, const at::Tensor& target,
-                           const at::Tensor& counts, const OptionalTensor& alpha_tensor,
-                           LossOptions options) {
-  saved_[kLogits] = save(logits);
-  saved_[kTarget] = save(target);
+void LossNode::save_inputs(const LossInputs& inputs, const at::Tensor& counts) {
+  saved_[kLogits] = save(inputs.logits);
+  saved_[kTarget] = save(inputs.target);
   saved_[kCounts] = save(counts);
-  saved_[kAlpha] = save(alpha_tensor);
-  options_ = std::move(options);
+  saved_[kAlpha] = save(inputs.alpha_tensor);
+  options_ = inputs.options;
 }
 
 OptionalTensor LossNode::unpack_alpha() const {
@@ -50,16 +48,14 @@ void LossNode::release_variables() {
   }
 }
 
-void OutlierExposureLossBackward0::save_statistics(const at::Tensor& row_cross_entropy,
-                                                   const at::Tensor& row_max,
-                                                   const at::Tensor& row_sum_exp) {
+void OutlierExposureLossBackward0::save_result(const ForwardResult& result) {
+  const auto& [loss, row_cross_entropy, row_max, row_sum_exp, counts, unit_gradient] = result;
   saved_[kRowCrossEntropy] = save(row_cross_entropy);
   saved_[kRowMax] = save(row_max);
   saved_[kRowSumExp] = save(row_sum_exp);
-}
-
-void OutlierExposureLossBackward0::save_unit_gradient(const at::Tensor& unit_gradient) {
-  unit_gradient_ = unit_gradient;
+  if (unit_gradient.numel() > 0) {
+    unit_gradient_ = unit_gradient;
+  }
 }
 
 void OutlierExposureLossBackward0::release_variables() {
@@ -69,26 +65,21 @@ void OutlierExposureLossBackward0::release_variables() {
 }
 
 at::Tensor OutlierExposureLossBackward0::logits_gradient(const at::Tensor& grad,
-                                                         const at::Tensor& logits,
-                                                         const at::Tensor& target,
-                                                         const at::Tensor& counts,
-                                                         const OptionalTensor& alpha) {
+                                                         const LossInputs& inputs,
+                                                         const at::Tensor& counts) {
   const at::Tensor row_max = saved_[kRowMax].unpack();
   const at::Tensor row_sum_exp = saved_[kRowSumExp].unpack();
+  const RowStatistics statistics = {row_max, row_sum_exp, counts};
   // Only where this is the last backward, nobody records it, and nobody else has the tensor.
   if (unit_gradient_.defined() && unit_gradient_.use_count() == 1 &&
       !torch::autograd::get_current_graph_task_keep_graph() && !at::GradMode::is_enabled() &&
-      !at::isTensorSubclassLike(grad) && !any_tangent(grad, logits, alpha)) {
+      !at::isTensorSubclassLike(grad) && !any_tangent(grad, inputs.logits, inputs.alpha_tensor)) {
     at::Tensor gradient = std::move(unit_gradient_);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    backward_from_unit_operator().call(gradient, grad, logits, target, row_max, row_sum_exp, counts,
-                                       options_.alpha, alpha, options_.reduction,
-                                       options_.ignore_index, options_.ood_index);
+    call_backward_from_unit(gradient, grad, inputs, statistics);
     return gradient;
   }
-  return backward_operator().call(grad, logits, target, row_max, row_sum_exp, counts,
-                                  options_.alpha, alpha, options_.reduction, options_.ignore_index,
-                                  options_.ood_index);
+  return call_backward(grad, inputs, statistics);
 }
 
 variable_list OutlierExposureLossBackward0::apply(variable_list&& grads) {
@@ -102,11 +93,12 @@ variable_list OutlierExposureLossBackward0::apply(variable_list&& grads) {
   const at::Tensor target = saved_[kTarget].unpack();
   const at::Tensor counts = saved_[kCounts].unpack();
   const OptionalTensor alpha = unpack_alpha();
+  const LossInputs inputs = {logits, target, alpha, options_};
   if (task_should_compute_output(0)) {
-    result[0] = logits_gradient(grad, logits, target, counts, alpha);
+    result[0] = logits_gradient(grad, inputs, counts);
   }
   if (alpha.has_value() && task_should_compute_output(1)) {
-    const RowScales scales(logits, target, counts, alpha, options_);
+    const RowScales scales(inputs, counts);
     const bool needs_history = at::GradMode::is_enabled() || any_tangent(logits);
     const at::Tensor cross_entropy = needs_history
                                          ? scales.outlier_cross_entropy(logits)
@@ -129,10 +121,10 @@ variable_list OutlierExposureLossBackwardBackward0::apply(variable_list&& grads)
     return result;
   }
   const at::Tensor logits = saved_[kLogits].unpack();
+  const at::Tensor target = saved_[kTarget].unpack();
   const at::Tensor grad = saved_[kGrad].unpack();
   const OptionalTensor alpha = unpack_alpha();
-  const RowCalculus rows(logits, saved_[kTarget].unpack(), saved_[kCounts].unpack(), alpha,
-                         options_);
+  const RowDerivatives rows({logits, target, alpha, options_}, saved_[kCounts].unpack());
   if (task_should_compute_output(0)) {
     result[0] = rows.reduce(rows.scale * rows.cross_entropy_along(direction));
   }

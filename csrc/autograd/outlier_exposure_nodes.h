@@ -14,8 +14,7 @@ namespace oe_ext {
 
 // What both nodes keep: the inputs of the loss.
 struct LossNode : torch::autograd::Node {
-  void save_inputs(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& counts,
-                   const OptionalTensor& alpha_tensor, LossOptions options);
+  void save_inputs(const LossInputs& inputs, const at::Tensor& counts);
 
   void release_variables() override;
 
@@ -38,17 +37,14 @@ struct LossNode : torch::autograd::Node {
 struct OutlierExposureLossBackward0 : LossNode {
   std::string name() const override { return "OutlierExposureLossBackward0"; }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
-  void save_statistics(const at::Tensor& row_cross_entropy, const at::Tensor& row_max,
-                       const at::Tensor& row_sum_exp);
-  void save_unit_gradient(const at::Tensor& unit_gradient);
+  void save_result(const ForwardResult& result);
   void release_variables() override;
 
  private:
   enum OwnSlot { kRowCrossEntropy = kFirstOwn, kRowMax, kRowSumExp };
 
-  at::Tensor logits_gradient(const at::Tensor& grad, const at::Tensor& logits,
-                             const at::Tensor& target, const at::Tensor& counts,
-                             const OptionalTensor& alpha);
+  at::Tensor logits_gradient(const at::Tensor& grad, const LossInputs& inputs,
+                             const at::Tensor& counts);
 
   // The gradient for an upstream gradient of 1, which the forward wrote; or undefined. Not a saved
   // variable: it is nobody else's, so the last backward may finish it in place and return it.

@@ -2,6 +2,8 @@
 // per-row steps that do not depend on how a backend walks memory. No ATen here.
 #pragma once
 
+#include "labels.h"
+#include "reduction.h"
 #include "row_math.h"
 
 namespace oe_ext {
@@ -30,39 +32,8 @@ struct RowLayout {
 
   // Neighbouring rows lie closer together than neighbouring classes (pixels of a contiguous
   // segmentation map, or a transposed matrix): walk rows first.
-  C10_HOST_DEVICE bool rows_are_closest() const {
+  C10_HOST_DEVICE bool is_class_major() const {
     return num_inner > 1 && num_classes > 1 && inner_stride < class_stride;
-  }
-};
-
-enum class LabelType : int8_t { kInt64, kInt32, kInt16, kInt8, kUInt8, kUInt16, kUInt32 };
-
-struct Labels {
-  const void* data = nullptr;  // [num_rows], contiguous
-  LabelType type = LabelType::kInt64;
-  LabelRule rule;
-
-  bool are_unsigned() const {
-    return type == LabelType::kUInt8 || type == LabelType::kUInt16 || type == LabelType::kUInt32;
-  }
-
-  C10_HOST_DEVICE int64_t operator[](int64_t row) const {
-    switch (type) {
-      case LabelType::kInt32:
-        return static_cast<const int32_t*>(data)[row];
-      case LabelType::kInt16:
-        return static_cast<const int16_t*>(data)[row];
-      case LabelType::kInt8:
-        return static_cast<const int8_t*>(data)[row];
-      case LabelType::kUInt8:
-        return static_cast<const uint8_t*>(data)[row];
-      case LabelType::kUInt16:
-        return static_cast<const uint16_t*>(data)[row];
-      case LabelType::kUInt32:
-        return static_cast<const uint32_t*>(data)[row];
-      default:
-        return static_cast<const int64_t*>(data)[row];
-    }
   }
 };
 
@@ -86,74 +57,108 @@ struct Alpha {
   }
 };
 
-template <typename acc_t>
-C10_HOST_DEVICE acc_t row_weight(RowKind kind, const Alpha<acc_t>& alpha, int64_t row) {
-  if (kind == RowKind::kInlier) {
-    return acc_t(1);
-  }
-  return kind == RowKind::kOutlier ? alpha[row] : acc_t(0);
-}
-
 // Where a loss that is reduced goes; null for none.
 template <typename acc_t>
 struct LossOutput {
-  acc_t* loss = nullptr;      // one element
-  int64_t* counts = nullptr;  // inliers, outliers
+  acc_t* loss = nullptr;     // one element
+  double* counts = nullptr;  // inliers, outliers: what a mean was divided by
 
-  C10_HOST_DEVICE void write(const GroupSums& sums, Reduction reduction, int64_t num_rows) const {
-    *loss = static_cast<acc_t>(sums.reduce(reduction, num_rows));
-    counts[0] = sums.counts.inliers;
-    counts[1] = sums.counts.outliers;
+  // `given`: the counts to divide by, or null for those of the num_rows rows that were summed.
+  C10_HOST_DEVICE void write(const GroupSums& sums, const DivisorRule& rule, const double* given,
+                             int64_t num_rows) const {
+    counts[0] = given != nullptr ? given[0] : static_cast<double>(sums.counts.inliers);
+    counts[1] = given != nullptr ? given[1] : static_cast<double>(sums.counts.outliers);
+    const bool is_nan = given == nullptr && num_rows == 0 && rule.empty_is_nan;
+    *loss = is_nan ? std::numeric_limits<acc_t>::quiet_NaN()
+                   : static_cast<acc_t>(sums.divided_by(rule(counts[0], counts[1])));
   }
 };
 
+// What both directions are given.
 template <typename scalar_t, typename acc_t>
-struct ForwardArgs {
+struct RowArgs {
   RowLayout layout;
   const scalar_t* logits = nullptr;
   Labels labels;
   Alpha<acc_t> alpha;
-  Reduction reduction = Reduction::kMean;
+  DivisorRule divisor_rule;
+  // Inliers, outliers: what a mean divides by. Null: nothing is divided, or (forward) the counts
+  // are those of the rows here.
+  const double* counts = nullptr;
+  // Of the gradient that is written: for an upstream gradient of 1 in the forward, or null.
+  RowLayout grad_layout;  // with num_outer and num_inner of layout
+  scalar_t* grad_logits = nullptr;
+
+  // Of all parts, where the logits are those of some of the classes.
+  C10_HOST_DEVICE acc_t num_classes() const { return static_cast<acc_t>(labels.rule.num_classes); }
+
+  C10_HOST_DEVICE GroupDivisors divisors() const {
+    return counts != nullptr ? divisor_rule(counts[0], counts[1]) : GroupDivisors{1, 1};
+  }
+
+  C10_HOST_DEVICE RowCoefficients<acc_t> coefficients(int64_t row, RowKind kind) const {
+    const bool inlier = kind == RowKind::kInlier;
+    const bool outlier = kind == RowKind::kOutlier;
+    const acc_t weight =
+        RowCoefficients<acc_t>::weight_of(inlier, outlier, outlier ? alpha[row] : acc_t(0));
+    return RowCoefficients<acc_t>::of_row(inlier, outlier, weight);
+  }
+
+  // The class of a row's label among those here, or -1.
+  C10_HOST_DEVICE int64_t class_here(int64_t label, RowKind kind) const {
+    const int64_t cls = kind == RowKind::kInlier ? labels.rule.class_here(label) : int64_t(-1);
+    return cls < layout.num_classes ? cls : int64_t(-1);
+  }
+
+  // The gradient of a row from its maximum and its sum of exp(x - max).
+  C10_HOST_DEVICE RowGradient<acc_t> row_gradient(const RowCoefficients<acc_t>& row, int64_t cls,
+                                                  RowKind kind, acc_t max, acc_t sum_exp,
+                                                  acc_t upstream,
+                                                  const GroupDivisors& divisors) const {
+    if (row.weight == acc_t(0)) {
+      return RowGradient<acc_t>();
+    }
+    const auto divisor =
+        static_cast<acc_t>(kind == RowKind::kOutlier ? divisors.outliers : divisors.inliers);
+    return {max,
+            GradientCoefficients<acc_t>::of_row(row, sum_exp, row.weight * upstream / divisor,
+                                                num_classes()),
+            cls, true};
+  }
+};
+
+template <typename scalar_t, typename acc_t>
+struct ForwardArgs : RowArgs<scalar_t, acc_t> {
   // Outputs of each row, [num_rows] each.
-  acc_t* row_loss = nullptr;           // the weighted loss, for none; else null
+  acc_t* row_loss = nullptr;           // the weighted loss, where it is not reduced; else null
   acc_t* row_cross_entropy = nullptr;  // the same, not weighted; or null
   acc_t* row_max = nullptr;            // for the backward; or null
   acc_t* row_sum_exp = nullptr;        // for the backward; or null
   LossOutput<acc_t> output;
-  // The gradient for an upstream gradient of 1; or null. Not for none.
-  RowLayout grad_layout;  // with num_outer and num_inner of layout
-  scalar_t* grad_logits = nullptr;
 
   // Must the rows be counted before the first gradient can be written?
   C10_HOST_DEVICE bool needs_counts_first() const {
-    return grad_logits != nullptr &&
-           (reduction == Reduction::kMean || reduction == Reduction::kGroupMean);
+    return this->grad_logits != nullptr && this->counts == nullptr && this->divisor_rule.counts();
   }
 
   // Does anything that is written depend on the logits of this row?
-  C10_HOST_DEVICE bool is_active(int64_t row, RowKind kind) const {
-    return row_weight(kind, alpha, row) != acc_t(0) ||
-           (row_cross_entropy != nullptr && kind == RowKind::kOutlier);
+  C10_HOST_DEVICE bool is_active(const RowCoefficients<acc_t>& row, RowKind kind) const {
+    return row.weight != acc_t(0) || (row_cross_entropy != nullptr && kind == RowKind::kOutlier);
   }
 
   // Writes the outputs of one row and returns its weighted loss, which is 0 where the row does not
-  // count. `stats` need not be filled where the row is not active.
-  C10_HOST_DEVICE acc_t write_row(int64_t row, int64_t label, RowKind kind,
-                                  const RowStats<acc_t>& stats) const {
-    const bool active = is_active(row, kind);
-    acc_t label_shifted = 0;
-    if (active && kind == RowKind::kInlier) {
-      const int64_t at_label = layout.row_offset(row) + layout.class_offset(label);
-      label_shifted = static_cast<acc_t>(logits[at_label]) - stats.max;
-    }
-    const auto [cross_entropy, loss] =
-        RowLoss<acc_t>::of_row(active, kind == RowKind::kOutlier, row_weight(kind, alpha, row),
-                               stats.log_sum(), label_shifted, stats.sum_shifted / stats.count);
+  // count. `stats` need not be filled where the row is not active. label_shifted is the logit at
+  // the label less the maximum; 0 where it is not here.
+  C10_HOST_DEVICE acc_t write_row(int64_t row, const RowCoefficients<acc_t>& coefficients,
+                                  bool active, const RowStats<acc_t>& stats,
+                                  acc_t label_shifted) const {
+    const auto [cross_entropy, loss] = RowLoss<acc_t>::of_row(
+        coefficients, stats.log_sum(), label_shifted, stats.sum_shifted / this->num_classes());
     if (row_loss != nullptr) {
       row_loss[row] = loss;
     }
     if (row_cross_entropy != nullptr) {
-      row_cross_entropy[row] = cross_entropy;
+      row_cross_entropy[row] = active ? cross_entropy : acc_t(0);
     }
     if (row_max != nullptr) {
       row_max[row] = active ? stats.max : acc_t(0);
@@ -161,59 +166,18 @@ struct ForwardArgs {
     }
     return loss;
   }
-
-  // The gradient of a row for an upstream gradient of 1.
-  C10_HOST_DEVICE RowGradient<acc_t> row_gradient(int64_t row, int64_t label, RowKind kind,
-                                                  const RowStats<acc_t>& stats,
-                                                  GroupCounts group_counts) const {
-    const acc_t weight = row_weight(kind, alpha, row);
-    return weight == acc_t(0)
-               ? RowGradient<acc_t>()
-               : RowGradient<acc_t>::of_row(
-                     stats.max, stats.sum_exp, weight,
-                     weight / static_cast<acc_t>(reduction_divisor(reduction, kind, group_counts)),
-                     kind, label, layout.num_classes);
-  }
 };
 
 template <typename scalar_t, typename acc_t>
-struct BackwardArgs {
-  RowLayout layout;
-  const scalar_t* logits = nullptr;
-  RowLayout grad_layout;  // with num_outer and num_inner of layout
-  scalar_t* grad_logits = nullptr;
-  Labels labels;
-  Alpha<acc_t> alpha;
-  Reduction reduction = Reduction::kMean;
+struct BackwardArgs : RowArgs<scalar_t, acc_t> {
   PerRow<acc_t> grad;                  // the upstream gradient
   const acc_t* row_max = nullptr;      // [num_rows]
   const acc_t* row_sum_exp = nullptr;  // [num_rows]
-  const int64_t* counts = nullptr;     // inliers, outliers; null for none
-  // grad_logits holds the gradient for an upstream gradient of 1 already; not for none.
+  // grad_logits holds the gradient for an upstream gradient of 1 already; not for a loss a row.
   bool has_unit_gradient = false;
 
   // Is there nothing left to do? Reads device memory.
   C10_HOST_DEVICE bool is_done() const { return has_unit_gradient && grad[0] == acc_t(1); }
-
-  C10_HOST_DEVICE GroupCounts group_counts() const {
-    GroupCounts group_counts;
-    if (counts != nullptr) {
-      group_counts.inliers = counts[0];
-      group_counts.outliers = counts[1];
-    }
-    return group_counts;
-  }
-
-  C10_HOST_DEVICE RowGradient<acc_t> row_gradient(int64_t row, int64_t label, RowKind kind) const {
-    const acc_t weight = row_weight(kind, alpha, row);
-    if (weight == acc_t(0)) {
-      return RowGradient<acc_t>();
-    }
-    const auto divisor = static_cast<acc_t>(reduction_divisor(reduction, kind, group_counts()));
-    return RowGradient<acc_t>::of_row(row_max[row], row_sum_exp[row], weight,
-                                      weight * grad[row] / divisor, kind, label,
-                                      layout.num_classes);
-  }
 };
 
 }  // namespace oe_ext

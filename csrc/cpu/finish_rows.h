@@ -15,32 +15,49 @@ void clear_statistics(TileRows<acc_t>& rows) {
   std::fill_n(rows.at_label, rows.padded, acc_t(0));
 }
 
+// Rows whose label is none of the classes here lose nothing to it.
+template <typename acc_t>
+void skip_labels_elsewhere(int64_t num_classes, TileRows<acc_t>& rows) {
+#pragma omp simd
+  for (int64_t i = 0; i < rows.padded; ++i) {
+    const bool elsewhere = rows.label[i] >= static_cast<IntOf<acc_t>>(num_classes);
+    rows.at_label[i] = select(elsewhere, rows.max[i], rows.at_label[i]);
+  }
+}
+
+// The coefficients of a row's gradient, for an upstream gradient.
+template <typename acc_t>
+OE_EXT_INLINE void set_gradient(TileRows<acc_t>& rows, int64_t i, acc_t upstream,
+                                acc_t inlier_divisor, acc_t outlier_divisor, acc_t num_classes) {
+  const auto row = rows.coefficients(i);
+  const acc_t divisor = select(rows.label[i] == kOutlier, outlier_divisor, inlier_divisor);
+  const auto gradient = GradientCoefficients<acc_t>::of_row(
+      row, rows.sum_exp[i], row.weight * upstream / divisor, num_classes);
+  rows.factor[i] = gradient.factor;
+  rows.offset[i] = gradient.offset;
+  rows.exp_of_label[i] = gradient.at_label;
+}
+
 // All that the forward writes for each row, the sums of losses, and the coefficients of gradients.
 template <typename scalar_t, typename acc_t>
-void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
+void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const GroupDivisors& divisors,
                  TileRows<acc_t>& rows, GroupSums& sums) {
   alignas(64) acc_t loss[kMaxTileRows];
   alignas(64) acc_t cross_entropy[kMaxTileRows];
-  const auto num_classes = static_cast<acc_t>(args.layout.num_classes);
-  const auto divisor = [&](RowKind kind) {
-    return static_cast<acc_t>(reduction_divisor(args.reduction, kind, counts));
-  };
-  const acc_t inlier_divisor = divisor(RowKind::kInlier);
-  const acc_t outlier_divisor = divisor(RowKind::kOutlier);
+  const acc_t num_classes = args.num_classes();
+  const auto inlier_divisor = static_cast<acc_t>(divisors.inliers);
+  const auto outlier_divisor = static_cast<acc_t>(divisors.outliers);
+  if (args.labels.rule.num_classes > args.layout.num_classes) {
+    skip_labels_elsewhere(args.layout.num_classes, rows);
+  }
 #pragma omp simd
   for (int64_t i = 0; i < rows.padded; ++i) {
-    const bool outlier = rows.label[i] == kOutlier;
-    const acc_t weight = rows.weight[i];
     const auto row_loss =
-        RowLoss<acc_t>::of_row(rows.active[i] != acc_t(0), outlier, weight, log_of(rows.sum_exp[i]),
+        RowLoss<acc_t>::of_row(rows.coefficients(i), log_of(rows.sum_exp[i]),
                                rows.at_label[i] - rows.max[i], rows.sum_shifted[i] / num_classes);
     loss[i] = row_loss.loss;
     cross_entropy[i] = row_loss.cross_entropy;
-    const acc_t scale = weight / select(outlier, outlier_divisor, inlier_divisor);
-    const auto gradient =
-        GradientCoefficients<acc_t>::of_row(weight, outlier, rows.sum_exp[i], scale, num_classes);
-    rows.factor[i] = gradient.factor;
-    rows.offset[i] = gradient.offset;
+    set_gradient(rows, i, acc_t(1), inlier_divisor, outlier_divisor, num_classes);
   }
 
   double inliers = 0;
@@ -57,7 +74,11 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
     std::copy_n(loss, rows.size, args.row_loss + rows.first);
   }
   if (args.row_cross_entropy != nullptr) {
-    std::copy_n(cross_entropy, rows.size, args.row_cross_entropy + rows.first);
+    acc_t* to = args.row_cross_entropy + rows.first;
+#pragma omp simd
+    for (int64_t i = 0; i < rows.size; ++i) {
+      to[i] = select(rows.active[i] != acc_t(0), cross_entropy[i], acc_t(0));
+    }
   }
   if (args.row_max != nullptr) {
     acc_t* max = args.row_max + rows.first;
@@ -74,23 +95,18 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, GroupCounts counts,
 template <typename scalar_t, typename acc_t>
 void restore_rows(const BackwardArgs<scalar_t, acc_t>& args, TileRows<acc_t>& rows) {
   clear_statistics(rows);
-  const auto num_classes = static_cast<acc_t>(args.layout.num_classes);
-  const GroupCounts counts = args.group_counts();
+  const acc_t num_classes = args.num_classes();
+  const GroupDivisors divisors = args.divisors();
+  const auto inlier_divisor = static_cast<acc_t>(divisors.inliers);
+  const auto outlier_divisor = static_cast<acc_t>(divisors.outliers);
   for (int64_t i = 0; i < rows.size; ++i) {
     if (rows.weight[i] == acc_t(0)) {
-      rows.max[i] = rows.factor[i] = rows.offset[i] = 0;
+      rows.max[i] = rows.factor[i] = rows.offset[i] = rows.exp_of_label[i] = 0;
       continue;
     }
     rows.max[i] = args.row_max[rows.first + i];
     rows.sum_exp[i] = args.row_sum_exp[rows.first + i];
-    const bool outlier = rows.label[i] == kOutlier;
-    const RowKind kind = outlier ? RowKind::kOutlier : RowKind::kInlier;
-    const auto divisor = static_cast<acc_t>(reduction_divisor(args.reduction, kind, counts));
-    const auto gradient = GradientCoefficients<acc_t>::of_row(
-        rows.weight[i], outlier, rows.sum_exp[i],
-        rows.weight[i] * args.grad[rows.first + i] / divisor, num_classes);
-    rows.factor[i] = gradient.factor;
-    rows.offset[i] = gradient.offset;
+    set_gradient(rows, i, args.grad[rows.first + i], inlier_divisor, outlier_divisor, num_classes);
   }
 }
 

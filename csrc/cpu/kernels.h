@@ -86,7 +86,7 @@ template <typename scalar_t, typename acc_t>
 struct TileKernels {
   // `scratch` is aligned to 64 bytes and holds Tiling::scratch_size() elements.
   TaskResult (*forward)(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
-                        int64_t tile, GroupCounts counts, acc_t* scratch);
+                        int64_t tile, const GroupDivisors& divisors, acc_t* scratch);
   TaskResult (*backward)(const BackwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                          int64_t tile, acc_t* scratch);
 };

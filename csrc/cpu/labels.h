@@ -33,35 +33,20 @@ struct TileRows {
   alignas(64) acc_t at_label[kMaxTileRows];  // the logit
   alignas(64) acc_t factor[kMaxTileRows];    // of the gradient
   alignas(64) acc_t offset[kMaxTileRows];
+  alignas(64) acc_t exp_of_label[kMaxTileRows];  // what the exponential at the label is less by
   bool all_active;
-};
 
-// Calls f(labels) with a pointer of the labels' type.
-template <typename F>
-auto with_labels(const Labels& labels, const F& f) {
-  switch (labels.type) {
-    case LabelType::kInt32:
-      return f(static_cast<const int32_t*>(labels.data));
-    case LabelType::kInt16:
-      return f(static_cast<const int16_t*>(labels.data));
-    case LabelType::kInt8:
-      return f(static_cast<const int8_t*>(labels.data));
-    case LabelType::kUInt8:
-      return f(static_cast<const uint8_t*>(labels.data));
-    case LabelType::kUInt16:
-      return f(static_cast<const uint16_t*>(labels.data));
-    case LabelType::kUInt32:
-      return f(static_cast<const uint32_t*>(labels.data));
-    default:
-      return f(static_cast<const int64_t*>(labels.data));
+  OE_EXT_INLINE RowCoefficients<acc_t> coefficients(int64_t i) const {
+    return RowCoefficients<acc_t>::of_row(label[i] >= 0, label[i] == kOutlier, weight[i]);
   }
-}
+};
 
 // The rule in integers of Int; false where those do not hold its numbers.
 template <typename Int>
 bool rule_in(const LabelRule& rule, LabelRuleOf<Int>& narrow) {
   const auto fits = [](int64_t x) { return x == static_cast<Int>(x); };
   narrow.num_classes = static_cast<Int>(rule.num_classes);
+  narrow.first_class = static_cast<Int>(rule.first_class);
   narrow.ignore_index = static_cast<Int>(rule.ignore_index);
   narrow.ood_index = static_cast<Int>(rule.ood_index);
   narrow.has_ignore_index = rule.has_ignore_index;
@@ -104,6 +89,12 @@ TaskResult classify(const Label* labels, const LabelRule& rule, int64_t size, In
       const Int other = is_outlier ? kOutlier : kIgnored;
       classes[i] = is_inlier ? label : other;
     }
+    if (rule.first_class != 0) {
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) {
+        classes[i] = classes[i] >= 0 ? narrow.class_here(classes[i]) : classes[i];
+      }
+    }
   } else {
     for (int64_t i = 0; i < size; ++i) {
       const int64_t label = labels[i];
@@ -113,7 +104,8 @@ TaskResult classify(const Label* labels, const LabelRule& rule, int64_t size, In
       ignored += kind == RowKind::kIgnored;
       // A class that does not fit is that of a long row, whose label is read where it is needed.
       constexpr int64_t kHighest = std::numeric_limits<Int>::max();
-      classes[i] = kind == RowKind::kInlier    ? static_cast<Int>(std::min(label, kHighest))
+      classes[i] = kind == RowKind::kInlier
+                       ? static_cast<Int>(std::min(rule.class_here(label), kHighest))
                    : kind == RowKind::kOutlier ? kOutlier
                                                : kIgnored;
     }
@@ -133,7 +125,7 @@ TaskResult classify(const Label* labels, const LabelRule& rule, int64_t size, In
 // The counts of a tile, or its first illegal label; classes and weights of its rows.
 template <typename Args, typename acc_t>
 TaskResult read_labels(const Args& args, bool wants_cross_entropy, TileRows<acc_t>& rows) {
-  TaskResult result = with_labels(args.labels, [&](const auto* labels) {
+  TaskResult result = with_label_type(args.labels.type, args.labels.data, [&](const auto* labels) {
     return classify(labels + rows.first, args.labels.rule, rows.size, rows.label);
   });
   if (result.bad_row >= 0) {
@@ -152,7 +144,7 @@ TaskResult read_labels(const Args& args, bool wants_cross_entropy, TileRows<acc_
   for (int64_t i = 0; i < rows.padded; ++i) {
     const bool outlier = rows.label[i] == kOutlier;
     const acc_t alpha = rows.weight[i];
-    const acc_t weight = select(rows.label[i] >= 0, acc_t(1), select(outlier, alpha, acc_t(0)));
+    const acc_t weight = RowCoefficients<acc_t>::weight_of(rows.label[i] >= 0, outlier, alpha);
     const bool active = (weight != acc_t(0)) | (outlier & wants_cross_entropy);
     rows.weight[i] = weight;
     rows.active[i] = select(active, acc_t(1), acc_t(0));
@@ -163,7 +155,7 @@ TaskResult read_labels(const Args& args, bool wants_cross_entropy, TileRows<acc_
 }
 
 TaskResult count_rows(const Labels& labels, int64_t begin, int64_t end) {
-  return with_labels(labels, [&](const auto* stored) {
+  return with_label_type(labels.type, labels.data, [&](const auto* stored) {
     int32_t classes[kMaxTileRows];
     TaskResult total;
     for (int64_t row = begin; row < end; row += kMaxTileRows) {

@@ -204,13 +204,15 @@ const char* capability() { return chosen().name; }
 
 template <typename scalar_t, typename acc_t>
 int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
-  GroupCounts counts;
+  GroupDivisors divisors = args.divisors();
   if (args.needs_counts_first()) {
     const TaskResult counted = count_rows(args.labels, args.layout.num_rows());
     if (counted.bad_row >= 0) {
       return counted.bad_row;
     }
-    counts = counted.sums.counts;
+    const GroupCounts counts = counted.sums.counts;
+    divisors = args.divisor_rule(static_cast<double>(counts.inliers),
+                                 static_cast<double>(counts.outliers));
   }
   if (args.grad_logits != nullptr) {
     populate_gradient(args.grad_logits, args.layout.num_rows() * args.layout.num_classes);
@@ -219,10 +221,10 @@ int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
   const TaskResult result = for_each_tile<scalar_t, acc_t>(
       args.layout, args.grad_logits != nullptr ? &args.grad_layout : nullptr,
       [&](const Tiling& tiling, int64_t tile, acc_t* scratch) {
-        return run_tile(args, tiling, tile, counts, scratch);
+        return run_tile(args, tiling, tile, divisors, scratch);
       });
   if (result.bad_row < 0 && args.output.loss != nullptr) {
-    args.output.write(result.sums, args.reduction, args.layout.num_rows());
+    args.output.write(result.sums, args.divisor_rule, args.counts, args.layout.num_rows());
   }
   return result.bad_row;
 }

@@ -160,10 +160,15 @@ OE_EXT_INLINE void gradients_from_logits(const acc_t* x, int64_t size, acc_t max
 // the processor has other rows to work on.
 constexpr int64_t kLogitsOfGroup = 4096;
 
-// Of a long row, the label as it is stored; rows.label may not hold it.
+// The class of a long row's label; negative where the row has none here. Of classes that rows.label
+// cannot hold, it has the highest number.
 template <typename Args, typename acc_t>
-int64_t label_of(const Args& args, const TileRows<acc_t>& rows, int64_t i) {
-  return rows.label[i] >= 0 ? args.labels[rows.first + i] : int64_t(-1);
+int64_t class_of(const Args& args, const TileRows<acc_t>& rows, int64_t i) {
+  int64_t cls = rows.label[i];
+  if (cls == std::numeric_limits<IntOf<acc_t>>::max()) {
+    cls = args.labels.rule.class_here(args.labels[rows.first + i]);
+  }
+  return cls < args.layout.num_classes ? cls : int64_t(-1);
 }
 
 // Writes the gradients of rows. compute(row, logits, begin, size, to) computes a block's.
@@ -181,7 +186,7 @@ void write_row_gradients(const Args& args, const TileRows<acc_t>& rows, acc_t* b
       std::fill_n(to, num_classes, 0);
       continue;
     }
-    const int64_t label = label_of(args, rows, i);
+    const int64_t label = class_of(args, rows, i);
     const acc_t exp_at_label =
         label >= 0 ? exp_of(static_cast<acc_t>(row[label]) - rows.max[i]) : acc_t(0);
     for_each_block(num_classes, [&](int64_t begin, int64_t size) {
@@ -193,7 +198,8 @@ void write_row_gradients(const Args& args, const TileRows<acc_t>& rows, acc_t* b
       }
     });
     if (label >= 0) {
-      store_as((exp_at_label - rows.sum_exp[i]) * rows.factor[i], to[label]);
+      const acc_t from_label = exp_at_label - rows.exp_of_label[i];
+      store_as(multiply_add(from_label, rows.factor[i], -rows.offset[i]), to[label]);
     }
   }
 }
@@ -209,7 +215,8 @@ void write_gradients_from_logits(const Args& args, const TileRows<acc_t>& rows, 
 
 template <typename scalar_t, typename acc_t>
 void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
-                       GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows, GroupSums& sums) {
+                       const GroupDivisors& divisors, acc_t* scratch, TileRows<acc_t>& rows,
+                       GroupSums& sums) {
   const int64_t num_classes = args.layout.num_classes;
   const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
   acc_t* const buffer = scratch + tiling.tile_rows * tiling.chunk_classes;
@@ -255,11 +262,11 @@ void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
       });
       rows.sum_exp[i] = static_cast<acc_t>(sum_exp);
       rows.sum_shifted[i] = static_cast<acc_t>(sum_shifted);
-      const int64_t label = label_of(args, rows, i);
+      const int64_t label = class_of(args, rows, i);
       rows.at_label[i] = label >= 0 ? static_cast<acc_t>(row[label]) : acc_t(0);
     }
   }
-  finish_rows(args, counts, rows, sums);
+  finish_rows(args, divisors, rows, sums);
   if (args.grad_logits != nullptr && exps == nullptr) {
     write_gradients_from_logits(args, rows, buffer);
   } else if (args.grad_logits != nullptr) {

@@ -19,6 +19,6 @@ struct CpuBackend {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(oe_ext, CPU, m) { Operator<CpuBackend>::register_for(m); }
+TORCH_LIBRARY_IMPL(oe_ext, CPU, m) { register_backend<CpuBackend>(m); }
 
 }  // namespace oe_ext

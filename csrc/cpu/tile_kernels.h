@@ -34,7 +34,7 @@ void load_active(const TileView<const scalar_t>& logits, const TileRows<acc_t>& 
 template <typename scalar_t, typename acc_t>
 void finish_gradients(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows,
                       bool may_lack_weight, const TileView<scalar_t>& grad) {
-  subtract_sums_at_labels(tile, first_class, rows);
+  subtract_at_labels(tile, first_class, rows);
   if (may_lack_weight) {
     clear_rows(tile, rows.padded, rows.weight);
   }
@@ -50,7 +50,7 @@ bool reads_in_place(const TileView<const scalar_t>& logits, const TileRows<acc_t
 
 template <typename scalar_t, typename acc_t>
 void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
-                        GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows,
+                        const GroupDivisors& divisors, acc_t* scratch, TileRows<acc_t>& rows,
                         GroupSums& sums) {
   const int64_t num_classes = args.layout.num_classes;
   const Tile<acc_t> tile{scratch, tiling.tile_rows, num_classes};
@@ -70,7 +70,7 @@ void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
     WideSums wide;
     add_exponentials(source, tile, rows, &wide);
   }
-  finish_rows(args, counts, rows, sums);
+  finish_rows(args, divisors, rows, sums);
   if (args.grad_logits != nullptr) {
     finish_gradients(tile, 0, rows, args.row_cross_entropy != nullptr,
                      TileView<scalar_t>(args.grad_logits, args.grad_layout, rows.first));
@@ -96,18 +96,16 @@ void write_gradients_in_chunks(const scalar_t* logits, const RowLayout& layout, 
                                const RowLayout& grad_layout, const Tiling& tiling,
                                bool may_lack_weight, acc_t* scratch, TileRows<acc_t>& rows) {
   const TileView<scalar_t> to(grad, grad_layout, rows.first);
-  alignas(64) acc_t sum_exp[kMaxTileRows];
-  std::copy_n(rows.sum_exp, rows.padded, sum_exp);
   for_each_chunk(logits, layout, tiling, scratch, rows, [&](const auto& tile, int64_t cls) {
     add_exponentials(tile.as_source(), tile, rows, nullptr);
-    std::copy_n(sum_exp, rows.padded, rows.sum_exp);
     finish_gradients(tile, cls, rows, may_lack_weight, to);
   });
 }
 
 template <typename scalar_t, typename acc_t>
 void forward_in_chunks(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
-                       GroupCounts counts, acc_t* scratch, TileRows<acc_t>& rows, GroupSums& sums) {
+                       const GroupDivisors& divisors, acc_t* scratch, TileRows<acc_t>& rows,
+                       GroupSums& sums) {
   for_each_chunk(args.logits, args.layout, tiling, scratch, rows,
                  [&](const auto& tile, int64_t cls) {
                    raise_maxima(tile.as_source(), rows);
@@ -117,7 +115,7 @@ void forward_in_chunks(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
   for_each_chunk(args.logits, args.layout, tiling, scratch, rows, [&](const auto& tile, int64_t) {
     add_exponentials(tile.as_source(), tile, rows, &wide);
   });
-  finish_rows(args, counts, rows, sums);
+  finish_rows(args, divisors, rows, sums);
   if (args.grad_logits != nullptr) {
     write_gradients_in_chunks(args.logits, args.layout, args.grad_logits, args.grad_layout, tiling,
                               args.row_cross_entropy != nullptr, scratch, rows);
@@ -128,7 +126,7 @@ void forward_in_chunks(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
 
 template <typename scalar_t, typename acc_t>
 TaskResult forward_tile(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
-                        int64_t tile, GroupCounts counts, acc_t* scratch) {
+                        int64_t tile, const GroupDivisors& divisors, acc_t* scratch) {
   TileRows<acc_t> rows(tiling, tile);
   TaskResult result = read_labels(args, args.row_cross_entropy != nullptr, rows);
   if (result.bad_row >= 0) {
@@ -136,11 +134,11 @@ TaskResult forward_tile(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
   }
   clear_statistics(rows);
   if (tiling.long_rows) {
-    forward_long_rows(args, tiling, counts, scratch, rows, result.sums);
+    forward_long_rows(args, tiling, divisors, scratch, rows, result.sums);
   } else if (tiling.chunk_classes < args.layout.num_classes) {
-    forward_in_chunks(args, tiling, counts, scratch, rows, result.sums);
+    forward_in_chunks(args, tiling, divisors, scratch, rows, result.sums);
   } else {
-    forward_in_scratch(args, tiling, counts, scratch, rows, result.sums);
+    forward_in_scratch(args, tiling, divisors, scratch, rows, result.sums);
   }
   return result;
 }

@@ -128,16 +128,16 @@ void find_logits_at_labels(const Tile<const acc_t>& tile, int64_t first_class,
   }
 }
 
-// (exp - sum) * factor is the gradient at the label, where exp * factor is that of other classes.
+// Makes the exponentials at the labels less, after which all are of one kind to the gradient.
 template <typename acc_t>
-void subtract_sums_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows) {
+void subtract_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows) {
   if (tile.num_classes == 2 && first_class == 0) {
     acc_t* x = tile.data;
     acc_t* y = tile.of_class(1);
 #pragma omp simd
     for (int64_t i = 0; i < rows.padded; ++i) {
-      x[i] -= select(rows.label[i] == 0, rows.sum_exp[i], acc_t(0));
-      y[i] -= select(rows.label[i] == 1, rows.sum_exp[i], acc_t(0));
+      x[i] -= select(rows.label[i] == 0, rows.exp_of_label[i], acc_t(0));
+      y[i] -= select(rows.label[i] == 1, rows.exp_of_label[i], acc_t(0));
     }
     return;
   }
@@ -145,7 +145,7 @@ void subtract_sums_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileR
   std::fill_n(tile.of_class(tile.num_classes), rows.padded, acc_t(0));
   find_labels(first_class, tile.num_classes, tile.num_classes, rows);
   for (int64_t i = 0; i < rows.size; ++i) {
-    tile.of_class(rows.place[i])[i] -= rows.sum_exp[i];
+    tile.of_class(rows.place[i])[i] -= rows.exp_of_label[i];
   }
 }
 

@@ -154,4 +154,37 @@ __device__ T merge_partials(const T* partials, int num_partials) {
   return merge_block(total);
 }
 
+// What the forward divides by where it writes the gradient: by counts that it was given, or by
+// those that the kernel before it has left.
+template <typename scalar_t, typename acc_t>
+__device__ GroupDivisors forward_divisors(const ForwardArgs<scalar_t, acc_t>& args,
+                                          const Partials& partials) {
+  if (!args.needs_counts_first()) {
+    return args.divisors();
+  }
+  const GroupCounts counts = merge_partials(partials.counts, partials.num_counts);
+  return args.divisor_rule(static_cast<double>(counts.inliers),
+                           static_cast<double>(counts.outliers));
+}
+
+// The gradient of a row from the statistics that the forward left.
+template <typename scalar_t, typename acc_t>
+__device__ RowGradient<acc_t> backward_gradient(const BackwardArgs<scalar_t, acc_t>& args,
+                                                int64_t row, const GroupDivisors& divisors) {
+  const int64_t label = args.labels[row];
+  const RowKind kind = args.labels.rule.kind(label);
+  const auto coefficients = args.coefficients(row, kind);
+  if (coefficients.weight == acc_t(0)) {
+    return RowGradient<acc_t>();
+  }
+  return args.row_gradient(coefficients, args.class_here(label, kind), kind, args.row_max[row],
+                           args.row_sum_exp[row], args.grad[row], divisors);
+}
+
+template <typename scalar_t>
+__device__ auto logit_at(const scalar_t* row, const RowLayout& layout, int64_t cls) {
+  using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+  return static_cast<acc_t>(row[layout.class_offset(cls)]);
+}
+
 }  // namespace oe_ext::cuda

@@ -173,7 +173,7 @@ template <typename scalar_t, typename acc_t>
 int64_t forward_all_rows(const ForwardArgs<scalar_t, acc_t>& args, const Partials& partials,
                          Stream stream) {
   constexpr int kSize = kVectorSize<scalar_t>;
-  if (!args.layout.rows_are_closest()) {
+  if (!args.layout.is_class_major()) {
     return both_are(rows_are_aligned<scalar_t>, args) ? forward_rows<kSize>(args, partials, stream)
                                                       : forward_rows<1>(args, partials, stream);
   }
@@ -208,14 +208,14 @@ void forward(const ForwardArgs<scalar_t, acc_t>& args, void* scratch, Stream str
   }
   if (args.output.loss != nullptr) {
     OE_EXT_LAUNCH(outlier_exposure_write_loss_kernel<acc_t>, kReduceThreads, 1, kReduceThreads, 0,
-                  stream, args.output, args.reduction, num_rows, partials);
+                  stream, args.output, args.divisor_rule, args.counts, num_rows, partials);
   }
 }
 
 template <typename scalar_t, typename acc_t>
 void backward(const BackwardArgs<scalar_t, acc_t>& args, Stream stream) {
   constexpr int kSize = kVectorSize<scalar_t>;
-  if (args.layout.rows_are_closest()) {
+  if (args.layout.is_class_major()) {
     both_are(pixels_are_aligned<scalar_t>, args) ? backward_pixels<kSize>(args, stream)
                                                  : backward_pixels<1>(args, stream);
   } else {

@@ -1,5 +1,17 @@
 // The launchers: they choose kernel, grid, block and vector width. No ATen, so that nvcc reads them
-// in seconds and the CPU harness can run them too.
+// in seconds and the CPU harness can run them too. Which runs:
+//
+//   logits and gradient                    | kernel              | threads of a row
+//   neighbours in memory are classes       | *_rows_kernel       | up to 1024 classes: lanes of a
+//     ([N, C], channels_last)              |                     | warp; more: a block of 256
+//   neighbours are rows (contiguous        | *_pixels_kernel     | one, for one row or, with wide
+//     [N, C, H, W], transposed [N, C])     |                     | loads, for several
+//
+// A thread moves 16 bytes at once if rows or pixels are aligned for it, else one element at a time;
+// also pixels whose classes fit a block's shared memory only then. count_rows runs before the
+// forward's kernel if a gradient needs counts that nobody gave, and write_loss after it if the loss
+// is a scalar. Every dtype runs the same kernels: double in double, float, Half and BFloat16 in
+// float.
 #pragma once
 
 #include "../core/kernel_args.h"

@@ -33,6 +33,6 @@ struct CudaBackend {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(oe_ext, CUDA, m) { Operator<CudaBackend>::register_for(m); }
+TORCH_LIBRARY_IMPL(oe_ext, CUDA, m) { register_backend<CudaBackend>(m); }
 
 }  // namespace oe_ext

@@ -43,7 +43,7 @@ __device__ void pixel_stats(const scalar_t* x, const RowLayout& layout,
           max = value > max ? value : max;
         }
       }
-      auto block = RowStats<acc_t>::below(max);
+      auto block = RowStats<acc_t>::with_max(max);
       for (int i = 0; i < kAtOnce; ++i) {
         if (begin + i < layout.num_classes) {
           block.add(static_cast<acc_t>(units[i].values[k]));
@@ -113,22 +113,23 @@ __global__ void __launch_bounds__(kMaxPixelsThreads, kMinBlocks)
                                            bool staged) {
   OE_EXT_DYNAMIC_SHARED(slots);
   const Stage<Vector<scalar_t, kSize>> stage(staged ? slots : nullptr);
-  GroupCounts counts;
-  if (args.needs_counts_first()) {
-    counts = merge_partials(partials.counts, partials.num_counts);
-  }
+  const GroupDivisors divisors = forward_divisors(args, partials);
   const RowLayout& layout = args.layout;
   const int64_t num_rows = layout.num_rows();
   GroupSums sums;
   for (int64_t first = grid_thread() * kSize; first < num_rows; first += grid_threads() * kSize) {
-    int64_t label[kSize];
+    int64_t cls[kSize];
     RowKind kind[kSize];
+    RowCoefficients<acc_t> coefficients[kSize];
     bool any_active = false;
     for (int k = 0; k < kSize; ++k) {
-      label[k] = args.labels[first + k];
-      kind[k] = args.labels.rule.kind(label[k]);
-      CUDA_KERNEL_ASSERT(kind[k] != RowKind::kInvalid && "target must be a class or a mark");
-      any_active |= args.is_active(first + k, kind[k]);
+      const int64_t label = args.labels[first + k];
+      kind[k] = args.labels.rule.kind(label);
+      CUDA_KERNEL_ASSERT(kind[k] != RowKind::kInvalid &&
+                         "target must be a class or a special label");
+      cls[k] = args.class_here(label, kind[k]);
+      coefficients[k] = args.coefficients(first + k, kind[k]);
+      any_active |= args.is_active(coefficients[k], kind[k]);
     }
     const scalar_t* x = args.logits + layout.row_offset(first);
     RowStats<acc_t> stats[kSize];
@@ -136,13 +137,20 @@ __global__ void __launch_bounds__(kMaxPixelsThreads, kMinBlocks)
       pixel_stats<kSize>(x, layout, stage, stats);
     }
     for (int k = 0; k < kSize; ++k) {
-      sums.add(kind[k],
-               static_cast<double>(args.write_row(first + k, label[k], kind[k], stats[k])));
+      acc_t label_shifted = 0;
+      if (cls[k] >= 0) {
+        label_shifted =
+            logit_at(args.logits + layout.row_offset(first + k), layout, cls[k]) - stats[k].max;
+      }
+      const bool active = args.is_active(coefficients[k], kind[k]);
+      sums.add(kind[k], static_cast<double>(args.write_row(first + k, coefficients[k], active,
+                                                           stats[k], label_shifted)));
     }
     if (args.grad_logits != nullptr) {
       RowGradient<acc_t> gradients[kSize];
       for (int k = 0; k < kSize; ++k) {
-        gradients[k] = args.row_gradient(first + k, label[k], kind[k], stats[k], counts);
+        gradients[k] = args.row_gradient(coefficients[k], cls[k], kind[k], stats[k].max,
+                                         stats[k].sum_exp, acc_t(1), divisors);
       }
       write_pixel_gradients<kSize>(gradients, x, layout,
                                    args.grad_logits + args.grad_layout.row_offset(first),
@@ -173,12 +181,12 @@ __global__ void __launch_bounds__(kMaxPixelsThreads, kMinBlocks)
     return;
   }
   const Stage<Vector<scalar_t, kSize>> no_stage(nullptr);
+  const GroupDivisors divisors = args.divisors();
   const int64_t num_rows = args.layout.num_rows();
   for (int64_t first = grid_thread() * kSize; first < num_rows; first += grid_threads() * kSize) {
     RowGradient<acc_t> gradients[kSize];
     for (int k = 0; k < kSize; ++k) {
-      const int64_t label = args.labels[first + k];
-      gradients[k] = args.row_gradient(first + k, label, args.labels.rule.kind(label));
+      gradients[k] = backward_gradient(args, first + k, divisors);
     }
     write_pixel_gradients<kSize>(gradients, args.logits + args.layout.row_offset(first),
                                  args.layout, args.grad_logits + args.grad_layout.row_offset(first),

@@ -31,7 +31,7 @@ __global__ inline void __launch_bounds__(kReduceThreads, kMinBlocks)
 
 // The loss and the counts of all rows.
 // Work split:  one block; thread i takes partials i, i + threads, ...
-// Reads:       partials.sums [num_sums]
+// Reads:       partials.sums [num_sums]; counts [2], if given
 // Writes:      loss, counts
 // Shared mem:  merge_block's     Sync: merge_block's
 // Numerics:    double; the loss is cast once
@@ -39,11 +39,11 @@ __global__ inline void __launch_bounds__(kReduceThreads, kMinBlocks)
 // Used when:   the reduction is not none; after the rows
 template <typename acc_t>
 __global__ void __launch_bounds__(kReduceThreads, kMinBlocks)
-    outlier_exposure_write_loss_kernel(LossOutput<acc_t> output, Reduction reduction,
-                                       int64_t num_rows, Partials partials) {
+    outlier_exposure_write_loss_kernel(LossOutput<acc_t> output, DivisorRule rule,
+                                       const double* counts, int64_t num_rows, Partials partials) {
   const GroupSums sums = merge_partials(partials.sums, partials.num_sums);
   if (threadIdx.x == 0) {
-    output.write(sums, reduction, num_rows);
+    output.write(sums, rule, counts, num_rows);
   }
 }
 

@@ -91,7 +91,7 @@ __device__ RowStats<acc_t> lane_stats(const scalar_t* row, const RowLayout& layo
         }
       }
     }
-    auto block = RowStats<acc_t>::below(max);
+    auto block = RowStats<acc_t>::with_max(max);
     for (int i = 0; i < kAtOnce; ++i) {
       if (walk.unit(step + i) < walk.num_units) {
         for (int k = 0; k < kSize; ++k) {
@@ -171,10 +171,7 @@ __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
                                          int lanes, bool staged) {
   OE_EXT_DYNAMIC_SHARED(slots);
   const Stage<Vector<scalar_t, kSize>> stage(staged ? slots : nullptr);
-  GroupCounts counts;
-  if (args.needs_counts_first()) {
-    counts = merge_partials(partials.counts, partials.num_counts);
-  }
+  const GroupDivisors divisors = forward_divisors(args, partials);
   const Team team(lanes);
   const RowWalk<kSize> walk(args.layout.num_classes, team);
   const int64_t num_rows = args.layout.num_rows();
@@ -184,20 +181,26 @@ __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
     const bool exists = row < num_rows;
     const int64_t label = exists ? args.labels[row] : 0;
     const RowKind kind = exists ? args.labels.rule.kind(label) : RowKind::kIgnored;
-    CUDA_KERNEL_ASSERT(kind != RowKind::kInvalid && "target must be a class or a mark");
+    CUDA_KERNEL_ASSERT(kind != RowKind::kInvalid && "target must be a class or a special label");
     const scalar_t* x = args.logits + (exists ? args.layout.row_offset(row) : 0);
+    const int64_t cls = args.class_here(label, kind);
+    const auto coefficients = args.coefficients(row, kind);
+    const bool active = args.is_active(coefficients, kind);
     RowStats<acc_t> stats;
-    if (exists && args.is_active(row, kind)) {
+    if (active) {
       stats = lane_stats<kSize, acc_t>(x, args.layout, walk, stage);
     }
     stats = team.merge(stats);
     if (exists && team.lane == 0) {
-      sums.add(kind, static_cast<double>(args.write_row(row, label, kind, stats)));
+      const acc_t label_shifted = cls >= 0 ? logit_at(x, args.layout, cls) - stats.max : acc_t(0);
+      sums.add(kind, static_cast<double>(
+                         args.write_row(row, coefficients, active, stats, label_shifted)));
     }
     if (exists && args.grad_logits != nullptr) {
-      write_lane_gradients<kSize>(args.row_gradient(row, label, kind, stats, counts), x,
-                                  args.layout, args.grad_logits + args.grad_layout.row_offset(row),
-                                  args.grad_layout, walk, stage);
+      write_lane_gradients<kSize>(
+          args.row_gradient(coefficients, cls, kind, stats.max, stats.sum_exp, acc_t(1), divisors),
+          x, args.layout, args.grad_logits + args.grad_layout.row_offset(row), args.grad_layout,
+          walk, stage);
     }
   }
   if (partials.sums != nullptr) {
@@ -225,12 +228,12 @@ __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
     return;
   }
   const Stage<Vector<scalar_t, kSize>> no_stage(nullptr);
+  const GroupDivisors divisors = args.divisors();
   const Team team(lanes);
   const RowWalk<kSize> walk(args.layout.num_classes, team);
   const int64_t num_rows = args.layout.num_rows();
   for (int64_t row = team.first_row() + team.index; row < num_rows; row += team.row_step()) {
-    const int64_t label = args.labels[row];
-    write_lane_gradients<kSize>(args.row_gradient(row, label, args.labels.rule.kind(label)),
+    write_lane_gradients<kSize>(backward_gradient(args, row, divisors),
                                 args.logits + args.layout.row_offset(row), args.layout,
                                 args.grad_logits + args.grad_layout.row_offset(row),
                                 args.grad_layout, walk, no_stage);

@@ -3,7 +3,6 @@
 // labels are checked by the kernels.
 #pragma once
 
-#include <ATen/ExpandUtils.h>
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 
@@ -12,25 +11,36 @@
 #include <string>
 #include <string_view>
 
-#include "../core/kernel_args.h"
+#include "../core/labels.h"
 #include "outlier_exposure.h"
 
 namespace oe_ext {
 
-inline Reduction parse_reduction(std::string_view reduction) {
-  if (reduction == "mean") return Reduction::kMean;
-  if (reduction == "group_mean") return Reduction::kGroupMean;
-  if (reduction == "sum") return Reduction::kSum;
-  if (reduction == "none") return Reduction::kNone;
-  TORCH_CHECK_VALUE(false,
-                    "outlier_exposure_loss: reduction must be one of 'none', 'sum', 'mean', "
-                    "'group_mean', got '",
-                    reduction, "'");
-}
-
 // The dtype of the loss, and of all arithmetic: float32, or float64 for float64 logits.
 inline at::ScalarType loss_dtype(const at::Tensor& logits) {
   return at::toOpMathType(logits.scalar_type());
+}
+
+// As which labels of this dtype are read; none if they cannot be.
+inline std::optional<LabelType> label_type(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kLong:
+      return LabelType::kInt64;
+    case at::kInt:
+      return LabelType::kInt32;
+    case at::kShort:
+      return LabelType::kInt16;
+    case at::kChar:
+      return LabelType::kInt8;
+    case at::kByte:
+      return LabelType::kUInt8;
+    case at::kUInt16:
+      return LabelType::kUInt16;
+    case at::kUInt32:
+      return LabelType::kUInt32;
+    default:
+      return std::nullopt;
+  }
 }
 
 // What to do with a target of a dtype that holds no labels.
@@ -56,10 +66,7 @@ inline void check_dtypes(const at::Tensor& logits, const at::Tensor& target) {
                    "got ",
                    logits.scalar_type());
   const at::ScalarType label = target.scalar_type();
-  const bool is_label_dtype = label == at::kLong || label == at::kInt || label == at::kShort ||
-                              label == at::kChar || label == at::kByte || label == at::kUInt16 ||
-                              label == at::kUInt32;
-  TORCH_CHECK_TYPE(is_label_dtype,
+  TORCH_CHECK_TYPE(label_type(label).has_value(),
                    "outlier_exposure_loss: target must hold class labels of dtype int64, int32, "
                    "int16, int8 or uint8 (or uint16, uint32), got ",
                    label, label_advice(label));
@@ -95,15 +102,10 @@ inline void check_same_device(const at::Tensor& logits, const at::Tensor& other,
               " must be on the same device, got ", logits.device(), " and ", other.device());
 }
 
-inline void check_inputs(const at::Tensor& logits, const at::Tensor& target) {
-  check_dtypes(logits, target);
-  check_shapes(logits, target);
-  check_same_device(logits, target, "target");
-}
-
 // alpha is a number, or a tensor with one weight a position; the tensor wins.
-inline void check_alpha(const at::Tensor& logits, const at::Tensor& target, double alpha,
-                        const OptionalTensor& alpha_tensor) {
+inline void check_alpha(const LossInputs& inputs) {
+  const auto& [logits, target, alpha_tensor, options] = inputs;
+  const double alpha = options.alpha;
   if (!alpha_tensor.has_value()) {
     TORCH_CHECK_VALUE(std::isfinite(alpha),
                       "outlier_exposure_loss: alpha must be a finite number, got ", alpha);
@@ -124,6 +126,30 @@ inline void check_alpha(const at::Tensor& logits, const at::Tensor& target, doub
   }
   TORCH_CHECK_VALUE(broadcasts, "outlier_exposure_loss: alpha of shape ", from,
                     " does not broadcast against target of shape ", to);
+}
+
+// That the logits can be those of the classes of the options.
+inline void check_classes(const LossInputs& inputs) {
+  const LossOptions& options = inputs.options;
+  if (!options.is_part()) {
+    TORCH_CHECK_VALUE(options.first_class == 0,
+                      "_outlier_exposure_loss: first_class needs num_classes, got ",
+                      options.first_class);
+    return;
+  }
+  const c10::SymInt& here = inputs.logits.sym_size(1);
+  TORCH_CHECK_VALUE(options.first_class >= 0 && options.first_class + here <= *options.num_classes,
+                    "_outlier_exposure_loss: logits of ", here,
+                    " classes from first_class = ", options.first_class,
+                    " on must be among num_classes, got ", *options.num_classes);
+}
+
+inline void check_inputs(const LossInputs& inputs) {
+  check_dtypes(inputs.logits, inputs.target);
+  check_shapes(inputs.logits, inputs.target);
+  check_same_device(inputs.logits, inputs.target, "target");
+  check_alpha(inputs);
+  check_classes(inputs);
 }
 
 // Reports the row that a kernel found to have no legal label; -1 is none.
@@ -158,49 +184,65 @@ inline void check_labels(int64_t bad_row, const Labels& labels, const at::Tensor
                     " (C = ", rule.num_classes, ")", advice);
 }
 
-// What the backward operator is given beside the inputs of the loss.
-inline void check_backward(const at::Tensor& grad, const at::Tensor& logits,
-                           const at::Tensor& target, const at::Tensor& row_max,
-                           const at::Tensor& row_sum_exp, const at::Tensor& counts,
-                           Reduction reduction) {
-  const auto check_stat = [&](const at::Tensor& stat, std::string_view name) {
-    TORCH_CHECK(
-        stat.scalar_type() == loss_dtype(logits) && stat.sym_sizes().equals(target.sym_sizes()),
-        "_outlier_exposure_loss_backward: ", name, " must be ", loss_dtype(logits), " of shape ",
-        target.sym_sizes(), ", got ", stat.scalar_type(), " of shape ", stat.sym_sizes());
-    check_same_device(logits, stat, name);
-  };
-  check_stat(row_max, "row_max");
-  check_stat(row_sum_exp, "row_sum_exp");
+// counts are what a mean divides by: of inliers and of outliers.
+inline void check_counts(const char* name, const at::Tensor& logits, const at::Tensor& counts,
+                         int64_t size) {
   TORCH_CHECK(
-      reduction == Reduction::kNone ? grad.sym_sizes().equals(target.sym_sizes()) : grad.dim() == 0,
-      "_outlier_exposure_loss_backward: grad must have the shape of the loss, got ",
-      grad.sym_sizes(), " for target of shape ", target.sym_sizes());
-  check_same_device(logits, grad, "grad");
-  TORCH_CHECK(counts.scalar_type() == at::kLong && counts.dim() == 1 &&
-                  counts.sym_size(0) == (reduction == Reduction::kNone ? 0 : 2),
-              "_outlier_exposure_loss_backward: counts must be int64 with 2 elements (0 where "
-              "reduction is 'none'), got ",
-              counts.scalar_type(), " of shape ", counts.sym_sizes());
+      counts.scalar_type() == at::kDouble && counts.dim() == 1 && counts.sym_size(0) == size, name,
+      ": counts must be float64 with ", size, " elements, got ", counts.scalar_type(), " of shape ",
+      counts.sym_sizes());
   check_same_device(logits, counts, "counts");
 }
 
-inline void check_has_unit_gradient(bool unit_gradient, Reduction reduction) {
-  TORCH_CHECK_VALUE(!unit_gradient || reduction != Reduction::kNone,
-                    "_outlier_exposure_loss_forward: unit_gradient needs a loss that is a scalar, "
-                    "got reduction 'none'");
+// What the forward operator is given beside the inputs of the loss.
+inline void check_forward(const LossInputs& inputs, const OptionalTensor& counts,
+                          bool unit_gradient) {
+  constexpr const char* kName = "_outlier_exposure_loss_forward";
+  const Reduction& reduction = inputs.options.reduction;
+  TORCH_CHECK_VALUE(!unit_gradient || reduction.is_scalar, kName,
+                    ": unit_gradient needs a loss that is a scalar, got reduction '",
+                    reduction.name, "'");
+  if (counts.has_value()) {
+    TORCH_CHECK_VALUE(reduction.divisors.counts(), kName,
+                      ": counts need a reduction that divides by them, got '", reduction.name, "'");
+    check_counts(kName, inputs.logits, *counts, 2);
+  }
 }
 
-inline void check_unit_gradient(const at::Tensor& unit_gradient, const at::Tensor& logits,
-                                Reduction reduction) {
-  TORCH_CHECK_VALUE(reduction != Reduction::kNone,
-                    "_outlier_exposure_loss_backward_from_unit: the loss must be a scalar, got "
-                    "reduction 'none'");
+// What the backward operator is given beside the inputs of the loss.
+inline void check_backward(const at::Tensor& grad, const LossInputs& inputs,
+                           const RowStatistics& statistics) {
+  constexpr const char* kName = "_outlier_exposure_loss_backward";
+  const auto& [logits, target, alpha_tensor, options] = inputs;
+  const auto check_row_statistic = [&](const at::Tensor& values, std::string_view name) {
+    TORCH_CHECK(values.scalar_type() == loss_dtype(inputs.logits) &&
+                    values.sym_sizes().equals(inputs.target.sym_sizes()),
+                kName, ": ", name, " must be ", loss_dtype(inputs.logits), " of shape ",
+                inputs.target.sym_sizes(), ", got ", values.scalar_type(), " of shape ",
+                values.sym_sizes());
+    check_same_device(inputs.logits, values, name);
+  };
+  check_row_statistic(statistics.row_max, "row_max");
+  check_row_statistic(statistics.row_sum_exp, "row_sum_exp");
+  const bool is_scalar = options.reduction.is_scalar;
+  TORCH_CHECK(is_scalar ? grad.dim() == 0 : grad.sym_sizes().equals(target.sym_sizes()), kName,
+              ": grad must have the shape of the loss, got ", grad.sym_sizes(),
+              " for target of shape ", target.sym_sizes());
+  check_same_device(logits, grad, "grad");
+  check_counts(kName, logits, statistics.counts, is_scalar ? 2 : 0);
+}
+
+inline void check_unit_gradient(const at::Tensor& unit_gradient, const LossInputs& inputs) {
+  constexpr const char* kName = "_outlier_exposure_loss_backward_from_unit";
+  const at::Tensor& logits = inputs.logits;
+  TORCH_CHECK_VALUE(inputs.options.reduction.is_scalar, kName,
+                    ": the loss must be a scalar, got reduction '", inputs.options.reduction.name,
+                    "'");
   TORCH_CHECK(unit_gradient.scalar_type() == logits.scalar_type() &&
                   unit_gradient.sym_sizes().equals(logits.sym_sizes()),
-              "_outlier_exposure_loss_backward_from_unit: unit_gradient must be ",
-              logits.scalar_type(), " of shape ", logits.sym_sizes(), ", got ",
-              unit_gradient.scalar_type(), " of shape ", unit_gradient.sym_sizes());
+              kName, ": unit_gradient must be ", logits.scalar_type(), " of shape ",
+              logits.sym_sizes(), ", got ", unit_gradient.scalar_type(), " of shape ",
+              unit_gradient.sym_sizes());
   check_same_device(logits, unit_gradient, "unit_gradient");
 }
 

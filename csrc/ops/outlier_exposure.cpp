@@ -23,29 +23,36 @@ TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
       "str reduction=\"mean\", *, SymInt? ignore_index=None, SymInt? ood_index=None) -> Tensor",
       tags);
 
-  // The loss with what its backward needs. Where alpha_tensor is given, it stands for alpha.
+  // The loss with what its backward needs. Where alpha_tensor is given, it stands for alpha. Where
+  // num_classes is given, the logits are those of some of so many classes, from first_class on, and
+  // the losses those of the part alone; it has no derivative.
   //   row_cross_entropy  shape of target: the loss before its weight, for the gradient of
   //                      alpha_tensor; empty without one
   //   row_max, row_sum_exp  shape of target: the maximum, and the sum of exp(logit - maximum)
-  //   counts             int64 [2]: positions of inliers and of outliers; empty for "none"
-  //   unit_gradient      shape of logits: the gradient for an upstream gradient of 1, where it was
-  //                      asked for (not for "none"); else empty
+  //   counts             float64 [2]: of inliers and of outliers, what a mean divides by: those
+  //                      that were given, or those of this target; empty for "none"
+  //   unit_gradient      shape of logits: the gradient for an upstream gradient of 1, or empty. It
+  //                      is written where True asks for it (not for "none"), and where None lets
+  //                      the operator decide and a backward will want it
   m.def(
       "_outlier_exposure_loss_forward(Tensor logits, Tensor target, float alpha, "
       "Tensor? alpha_tensor, str reduction, SymInt? ignore_index, SymInt? ood_index, "
-      "bool unit_gradient) -> (Tensor loss, Tensor row_cross_entropy, Tensor row_max, "
+      "bool? unit_gradient=None, Tensor? counts=None, SymInt? num_classes=None, "
+      "SymInt first_class=0) -> (Tensor loss, Tensor row_cross_entropy, Tensor row_max, "
       "Tensor row_sum_exp, Tensor counts, Tensor unit_gradient)",
       tags);
 
-  // The gradient with respect to the logits.
+  // The gradient with respect to the logits. Of logits of some of the classes, it is that of the
+  // loss of all, if the statistics are.
   m.def(
       "_outlier_exposure_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor row_max, "
       "Tensor row_sum_exp, Tensor counts, float alpha, Tensor? alpha_tensor, str reduction, "
-      "SymInt? ignore_index, SymInt? ood_index) -> Tensor",
+      "SymInt? ignore_index, SymInt? ood_index, SymInt? num_classes=None, SymInt first_class=0) "
+      "-> Tensor",
       tags);
 
-  // The same, in place: from the gradient for an upstream gradient of 1. Nothing is read but grad
-  // where that is what grad is, which no host needs to wait for.
+  // The same, in place: turns the gradient for an upstream gradient of 1 into that for grad. Where
+  // grad is 1, that is all it reads, and no host waits to learn it.
   m.def(
       "_outlier_exposure_loss_backward_from_unit(Tensor(a!) unit_gradient, Tensor grad, "
       "Tensor logits, Tensor target, Tensor row_max, Tensor row_sum_exp, Tensor counts, "
@@ -54,18 +61,87 @@ TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
       tags);
 }
 
+namespace {
+
+using Kernels = OutlierExposureKernels<void>;
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload = "") {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
+}
+
+}  // namespace
+
+at::Tensor call_loss(const LossInputs& inputs) {
+  static const auto number =
+      find_operator<decltype(Kernels::loss)>("oe_ext::outlier_exposure_loss");
+  static const auto tensor = find_operator<decltype(Kernels::loss_tensor_alpha)>(
+      "oe_ext::outlier_exposure_loss", "tensor_alpha");
+  const auto& [logits, target, alpha_tensor, options] = inputs;
+  return alpha_tensor.has_value()
+             ? tensor.call(logits, target, *alpha_tensor, options.reduction.name,
+                           options.ignore_index, options.ood_index)
+             : number.call(logits, target, options.alpha, options.reduction.name,
+                           options.ignore_index, options.ood_index);
+}
+
+ForwardResult call_forward(const LossInputs& inputs, const OptionalTensor& counts,
+                           std::optional<bool> unit_gradient) {
+  static const auto op =
+      find_operator<decltype(Kernels::forward)>("oe_ext::_outlier_exposure_loss_forward");
+  const auto& [logits, target, alpha_tensor, options] = inputs;
+  return op.call(logits, target, options.alpha, alpha_tensor, options.reduction.name,
+                 options.ignore_index, options.ood_index, unit_gradient, counts,
+                 options.num_classes, options.first_class);
+}
+
+at::Tensor call_backward(const at::Tensor& grad, const LossInputs& inputs,
+                         const RowStatistics& statistics) {
+  static const auto op =
+      find_operator<decltype(Kernels::backward)>("oe_ext::_outlier_exposure_loss_backward");
+  const auto& [logits, target, alpha_tensor, options] = inputs;
+  return op.call(grad, logits, target, statistics.row_max, statistics.row_sum_exp,
+                 statistics.counts, options.alpha, alpha_tensor, options.reduction.name,
+                 options.ignore_index, options.ood_index, options.num_classes, options.first_class);
+}
+
+void call_backward_from_unit(at::Tensor& unit_gradient, const at::Tensor& grad,
+                             const LossInputs& inputs, const RowStatistics& statistics) {
+  static const auto op = find_operator<decltype(Kernels::backward_from_unit)>(
+      "oe_ext::_outlier_exposure_loss_backward_from_unit");
+  const auto& [logits, target, alpha_tensor, options] = inputs;
+  op.call(unit_gradient, grad, logits, target, statistics.row_max, statistics.row_sum_exp,
+          statistics.counts, options.alpha, alpha_tensor, options.reduction.name,
+          options.ignore_index, options.ood_index);
+}
+
+namespace {
+
+OptionalSymInt symbolic(const std::optional<int64_t>& label) {
+  return label.has_value() ? OptionalSymInt(*label) : std::nullopt;
+}
+
+}  // namespace
+
 at::Tensor outlier_exposure_loss(const at::Tensor& logits, const at::Tensor& target, double alpha,
                                  std::string_view reduction, std::optional<int64_t> ignore_index,
                                  std::optional<int64_t> ood_index) {
-  return loss_operator().call(logits, target, alpha, reduction, ignore_index, ood_index);
+  return call_loss(
+      {logits,
+       target,
+       std::nullopt,
+       {alpha, parse_reduction(reduction), symbolic(ignore_index), symbolic(ood_index)}});
 }
 
 at::Tensor outlier_exposure_loss(const at::Tensor& logits, const at::Tensor& target,
                                  const at::Tensor& alpha, std::string_view reduction,
                                  std::optional<int64_t> ignore_index,
                                  std::optional<int64_t> ood_index) {
-  return loss_tensor_alpha_operator().call(logits, target, alpha, reduction, ignore_index,
-                                           ood_index);
+  return call_loss(
+      {logits,
+       target,
+       alpha,
+       {0.0, parse_reduction(reduction), symbolic(ignore_index), symbolic(ood_index)}});
 }
 
 }  // namespace oe_ext

@@ -1,84 +1,159 @@
-// Typed handles of the operators in outlier_exposure.cpp, to call them through the dispatcher.
+// The operators of the loss: their arguments in structs, how these are unpacked where a kernel is
+// registered, and how the operators are called. Their schemas are in outlier_exposure.cpp.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/SymInt.h>
+#include <torch/library.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 
+#include "../core/reduction.h"
+
 namespace oe_ext {
 
-// Symbolic down to the kernels: a mark may be a size, or a number that torch.compile does not know.
-// The kernels of a backend are registered with OptionalInt, for which the dispatcher asks its
-// value.
-using OptionalInt = std::optional<int64_t>;
+// Symbolic down to the kernels: a special label may be a size, or a number that torch.compile does
+// not know.
 using OptionalSymInt = std::optional<c10::SymInt>;
 using OptionalTensor = std::optional<at::Tensor>;
 
-using LossSignature = at::Tensor(const at::Tensor& logits, const at::Tensor& target, double alpha,
-                                 std::string_view reduction, OptionalSymInt ignore_index,
-                                 OptionalSymInt ood_index);
+// By its name. Throws c10::ValueError for any other.
+inline const Reduction& parse_reduction(std::string_view name) {
+  if (const Reduction* found = find_reduction(name)) {
+    return *found;
+  }
+  std::string known;
+  for (const Reduction& reduction : kReductions) {
+    known += c10::str(known.empty() ? "'" : ", '", reduction.name, "'");
+  }
+  TORCH_CHECK_VALUE(false, "outlier_exposure_loss: reduction must be one of ", known, ", got '",
+                    name, "'");
+}
 
-using LossTensorAlphaSignature = at::Tensor(const at::Tensor& logits, const at::Tensor& target,
-                                            const at::Tensor& alpha, std::string_view reduction,
-                                            OptionalSymInt ignore_index, OptionalSymInt ood_index);
+// The arguments of the loss beside its tensors.
+struct LossOptions {
+  double alpha = 0;
+  Reduction reduction = *find_reduction("none");
+  OptionalSymInt ignore_index = std::nullopt;
+  OptionalSymInt ood_index = std::nullopt;
+  // Where the logits are those of some classes: how many there are in all, and which comes first.
+  OptionalSymInt num_classes = std::nullopt;
+  c10::SymInt first_class = 0;
+
+  bool is_part() const { return num_classes.has_value(); }
+};
+
+// What the loss is computed of. Refers to the caller's tensors.
+struct LossInputs {
+  const at::Tensor& logits;
+  const at::Tensor& target;
+  const OptionalTensor& alpha_tensor;  // stands for the alpha of the options, where it is given
+  LossOptions options;
+};
+
+// What a forward leaves for the backward.
+struct RowStatistics {
+  const at::Tensor& row_max;
+  const at::Tensor& row_sum_exp;
+  const at::Tensor& counts;
+};
 
 // loss, row_cross_entropy, row_max, row_sum_exp, counts, unit_gradient
 using ForwardResult =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using ForwardSignature = ForwardResult(const at::Tensor& logits, const at::Tensor& target,
-                                       double alpha, const OptionalTensor& alpha_tensor,
-                                       std::string_view reduction, OptionalSymInt ignore_index,
-                                       OptionalSymInt ood_index, bool unit_gradient);
 
-using BackwardSignature = at::Tensor(const at::Tensor& grad, const at::Tensor& logits,
-                                     const at::Tensor& target, const at::Tensor& row_max,
-                                     const at::Tensor& row_sum_exp, const at::Tensor& counts,
-                                     double alpha, const OptionalTensor& alpha_tensor,
-                                     std::string_view reduction, OptionalSymInt ignore_index,
-                                     OptionalSymInt ood_index);
+// Registers Kernels::loss, forward, backward and backward_from_unit, which take the structs above,
+// as kernels of the operators. The one place that spells the arguments as the dispatcher passes
+// them.
+template <typename Kernels>
+struct OutlierExposureKernels {
+  static at::Tensor loss(const at::Tensor& logits, const at::Tensor& target, double alpha,
+                         std::string_view reduction, OptionalSymInt ignore_index,
+                         OptionalSymInt ood_index) {
+    return Kernels::loss(
+        {logits,
+         target,
+         std::nullopt,
+         {alpha, parse_reduction(reduction), std::move(ignore_index), std::move(ood_index)}});
+  }
 
-using BackwardFromUnitSignature = void(at::Tensor& unit_gradient, const at::Tensor& grad,
-                                       const at::Tensor& logits, const at::Tensor& target,
-                                       const at::Tensor& row_max, const at::Tensor& row_sum_exp,
-                                       const at::Tensor& counts, double alpha,
-                                       const OptionalTensor& alpha_tensor,
-                                       std::string_view reduction, OptionalSymInt ignore_index,
-                                       OptionalSymInt ood_index);
+  static at::Tensor loss_tensor_alpha(const at::Tensor& logits, const at::Tensor& target,
+                                      const at::Tensor& alpha, std::string_view reduction,
+                                      OptionalSymInt ignore_index, OptionalSymInt ood_index) {
+    return Kernels::loss(
+        {logits,
+         target,
+         alpha,
+         {0.0, parse_reduction(reduction), std::move(ignore_index), std::move(ood_index)}});
+  }
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload = "") {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
-}
+  static ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, double alpha,
+                               const OptionalTensor& alpha_tensor, std::string_view reduction,
+                               OptionalSymInt ignore_index, OptionalSymInt ood_index,
+                               std::optional<bool> unit_gradient, const OptionalTensor& counts,
+                               OptionalSymInt num_classes, c10::SymInt first_class) {
+    return Kernels::forward(
+        {logits,
+         target,
+         alpha_tensor,
+         {alpha, parse_reduction(reduction), std::move(ignore_index), std::move(ood_index),
+          std::move(num_classes), std::move(first_class)}},
+        counts, unit_gradient);
+  }
 
-inline const c10::TypedOperatorHandle<LossSignature>& loss_operator() {
-  static const auto op = find_operator<LossSignature>("oe_ext::outlier_exposure_loss");
-  return op;
-}
+  static at::Tensor backward(const at::Tensor& grad, const at::Tensor& logits,
+                             const at::Tensor& target, const at::Tensor& row_max,
+                             const at::Tensor& row_sum_exp, const at::Tensor& counts, double alpha,
+                             const OptionalTensor& alpha_tensor, std::string_view reduction,
+                             OptionalSymInt ignore_index, OptionalSymInt ood_index,
+                             OptionalSymInt num_classes, c10::SymInt first_class) {
+    return Kernels::backward(
+        grad,
+        {logits,
+         target,
+         alpha_tensor,
+         {alpha, parse_reduction(reduction), std::move(ignore_index), std::move(ood_index),
+          std::move(num_classes), std::move(first_class)}},
+        {row_max, row_sum_exp, counts});
+  }
 
-inline const c10::TypedOperatorHandle<LossTensorAlphaSignature>& loss_tensor_alpha_operator() {
-  static const auto op =
-      find_operator<LossTensorAlphaSignature>("oe_ext::outlier_exposure_loss", "tensor_alpha");
-  return op;
-}
+  static void backward_from_unit(at::Tensor& unit_gradient, const at::Tensor& grad,
+                                 const at::Tensor& logits, const at::Tensor& target,
+                                 const at::Tensor& row_max, const at::Tensor& row_sum_exp,
+                                 const at::Tensor& counts, double alpha,
+                                 const OptionalTensor& alpha_tensor, std::string_view reduction,
+                                 OptionalSymInt ignore_index, OptionalSymInt ood_index) {
+    Kernels::backward_from_unit(
+        unit_gradient, grad,
+        {logits,
+         target,
+         alpha_tensor,
+         {alpha, parse_reduction(reduction), std::move(ignore_index), std::move(ood_index)}},
+        {row_max, row_sum_exp, counts});
+  }
 
-inline const c10::TypedOperatorHandle<ForwardSignature>& forward_operator() {
-  static const auto op = find_operator<ForwardSignature>("oe_ext::_outlier_exposure_loss_forward");
-  return op;
-}
+  static void register_for(torch::Library& m) {
+    m.impl("outlier_exposure_loss", TORCH_FN(loss));
+    m.impl("outlier_exposure_loss.tensor_alpha", TORCH_FN(loss_tensor_alpha));
+    m.impl("_outlier_exposure_loss_forward", TORCH_FN(forward));
+    m.impl("_outlier_exposure_loss_backward", TORCH_FN(backward));
+    if constexpr (requires { &Kernels::backward_from_unit; }) {
+      m.impl("_outlier_exposure_loss_backward_from_unit", TORCH_FN(backward_from_unit));
+    }
+  }
+};
 
-inline const c10::TypedOperatorHandle<BackwardSignature>& backward_operator() {
-  static const auto op =
-      find_operator<BackwardSignature>("oe_ext::_outlier_exposure_loss_backward");
-  return op;
-}
-
-inline const c10::TypedOperatorHandle<BackwardFromUnitSignature>& backward_from_unit_operator() {
-  static const auto op =
-      find_operator<BackwardFromUnitSignature>("oe_ext::_outlier_exposure_loss_backward_from_unit");
-  return op;
-}
+// The operators, through the dispatcher.
+at::Tensor call_loss(const LossInputs& inputs);
+ForwardResult call_forward(const LossInputs& inputs, const OptionalTensor& counts,
+                           std::optional<bool> unit_gradient);
+at::Tensor call_backward(const at::Tensor& grad, const LossInputs& inputs,
+                         const RowStatistics& statistics);
+void call_backward_from_unit(at::Tensor& unit_gradient, const at::Tensor& grad,
+                             const LossInputs& inputs, const RowStatistics& statistics);
 
 }  // namespace oe_ext

@@ -22,37 +22,20 @@
 
 namespace oe_ext {
 
-inline Labels make_labels(const at::Tensor& contiguous_target, int64_t num_classes,
-                          OptionalInt ignore_index, OptionalInt ood_index) {
+inline Labels make_labels(const at::Tensor& contiguous_target, const LossInputs& inputs) {
+  const auto value = [](const OptionalSymInt& number, int64_t other) {
+    return number.has_value() ? number->guard_int(__FILE__, __LINE__) : other;
+  };
+  const LossOptions& options = inputs.options;
   Labels labels;
   labels.data = contiguous_target.const_data_ptr();
-  switch (contiguous_target.scalar_type()) {
-    case at::kInt:
-      labels.type = LabelType::kInt32;
-      break;
-    case at::kShort:
-      labels.type = LabelType::kInt16;
-      break;
-    case at::kChar:
-      labels.type = LabelType::kInt8;
-      break;
-    case at::kByte:
-      labels.type = LabelType::kUInt8;
-      break;
-    case at::kUInt16:
-      labels.type = LabelType::kUInt16;
-      break;
-    case at::kUInt32:
-      labels.type = LabelType::kUInt32;
-      break;
-    default:
-      labels.type = LabelType::kInt64;
-  }
-  labels.rule.num_classes = num_classes;
-  labels.rule.ignore_index = ignore_index.value_or(0);
-  labels.rule.ood_index = ood_index.value_or(0);
-  labels.rule.has_ignore_index = ignore_index.has_value();
-  labels.rule.has_ood_index = ood_index.has_value();
+  labels.type = *label_type(contiguous_target.scalar_type());
+  labels.rule.num_classes = value(options.num_classes, inputs.logits.size(1));
+  labels.rule.first_class = options.first_class.guard_int(__FILE__, __LINE__);
+  labels.rule.ignore_index = value(options.ignore_index, 0);
+  labels.rule.ood_index = value(options.ood_index, 0);
+  labels.rule.has_ignore_index = options.ignore_index.has_value();
+  labels.rule.has_ood_index = options.ood_index.has_value();
   return labels;
 }
 
@@ -89,25 +72,26 @@ class RowVector {
 
 // The inputs of the loss as the kernels read them, for both directions. The tensors live as long as
 // this does.
-class LossInputs {
+class KernelInputs {
  public:
-  LossInputs(const at::Tensor& logits, const at::Tensor& target, double alpha,
-             const OptionalTensor& alpha_tensor, Reduction reduction, OptionalInt ignore_index,
-             OptionalInt ood_index)
-      : logits_(rows_to_read(logits)),
-        target_(target.contiguous()),
-        labels_(make_labels(target_, logits.size(1), ignore_index, ood_index)),
-        alpha_(alpha),
-        reduction_(reduction) {
-    if (alpha_tensor.has_value()) {
-      alphas_.emplace(*alpha_tensor, target, loss_dtype(logits));
+  KernelInputs(const LossInputs& inputs, const OptionalTensor& counts)
+      : logits_(rows_to_read(inputs.logits)),
+        target_(inputs.target.contiguous()),
+        labels_(make_labels(target_, inputs)),
+        alpha_(inputs.options.alpha),
+        divisor_rule_(inputs.options.reduction.divisors) {
+    if (inputs.alpha_tensor.has_value()) {
+      alphas_.emplace(*inputs.alpha_tensor, inputs.target, loss_dtype(inputs.logits));
+    }
+    if (counts.has_value() && counts->numel() > 0) {
+      counts_ = counts->contiguous();
     }
   }
 
   const Labels& labels() const { return labels_; }
 
-  template <template <typename, typename> class Args, typename scalar_t, typename acc_t>
-  void fill(Args<scalar_t, acc_t>& args) const {
+  template <typename scalar_t, typename acc_t>
+  void fill(RowArgs<scalar_t, acc_t>& args) const {
     args.layout = logits_.layout;
     args.logits = logits_.tensor.template const_data_ptr<scalar_t>();
     args.labels = labels_;
@@ -115,7 +99,10 @@ class LossInputs {
     if (alphas_.has_value()) {
       args.alpha.values = alphas_->template per_row<acc_t>();
     }
-    args.reduction = reduction_;
+    args.divisor_rule = divisor_rule_;
+    if (counts_.defined()) {
+      args.counts = counts_.const_data_ptr<double>();
+    }
   }
 
  private:
@@ -124,178 +111,159 @@ class LossInputs {
   Labels labels_;
   double alpha_;
   std::optional<RowVector> alphas_;
-  Reduction reduction_;
+  DivisorRule divisor_rule_;
+  at::Tensor counts_;
+};
+
+// A gradient of the logits that kernels write, perhaps by way of a buffer.
+class KernelGradient {
+ public:
+  explicit KernelGradient(const at::Tensor& gradient)
+      : gradient_(gradient), view_(rows_to_write(gradient)) {}
+
+  bool is_in_place() const { return view_.tensor.is_same(gradient_); }
+
+  template <typename scalar_t, typename acc_t>
+  void fill(RowArgs<scalar_t, acc_t>& args) const {
+    args.grad_layout = view_.layout;
+    split_batch_alike(args.layout, args.grad_layout);
+    args.grad_logits = view_.tensor.template mutable_data_ptr<scalar_t>();
+  }
+
+  // After the kernels.
+  void finish() const {
+    if (!is_in_place()) {
+      gradient_.copy_(view_.tensor);
+    }
+  }
+
+ private:
+  const at::Tensor& gradient_;
+  RowView view_;
 };
 
 template <typename Backend>
-struct Operator {
-  static at::Tensor loss(const at::Tensor& logits, const at::Tensor& target, double alpha,
-                         std::string_view reduction, OptionalInt ignore_index,
-                         OptionalInt ood_index) {
-    return std::get<0>(run_forward(logits, target, alpha, std::nullopt, reduction, ignore_index,
-                                   ood_index, /*save_for_backward=*/false,
-                                   /*unit_gradient=*/false));
+struct BackendKernels {
+  static at::Tensor loss(const LossInputs& inputs) {
+    return std::get<0>(run_forward(inputs, std::nullopt, /*for_backward=*/false, false));
   }
 
-  static at::Tensor loss_tensor_alpha(const at::Tensor& logits, const at::Tensor& target,
-                                      const at::Tensor& alpha, std::string_view reduction,
-                                      OptionalInt ignore_index, OptionalInt ood_index) {
-    return std::get<0>(run_forward(logits, target, 0.0, alpha, reduction, ignore_index, ood_index,
-                                   /*save_for_backward=*/false, /*unit_gradient=*/false));
+  static ForwardResult forward(const LossInputs& inputs, const OptionalTensor& counts,
+                               std::optional<bool> unit_gradient) {
+    return run_forward(inputs, counts, /*for_backward=*/true, unit_gradient.value_or(false));
   }
 
-  static ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, double alpha,
-                               const OptionalTensor& alpha_tensor, std::string_view reduction,
-                               OptionalInt ignore_index, OptionalInt ood_index,
-                               bool unit_gradient) {
-    return run_forward(logits, target, alpha, alpha_tensor, reduction, ignore_index, ood_index,
-                       /*save_for_backward=*/true, unit_gradient);
-  }
-
-  static at::Tensor backward(const at::Tensor& grad, const at::Tensor& logits,
-                             const at::Tensor& target, const at::Tensor& row_max,
-                             const at::Tensor& row_sum_exp, const at::Tensor& counts, double alpha,
-                             const OptionalTensor& alpha_tensor, std::string_view reduction,
-                             OptionalInt ignore_index, OptionalInt ood_index) {
-    check_inputs(logits, target);
-    at::Tensor grad_logits = at::empty_like(logits);
-    run_backward(grad_logits, /*has_unit_gradient=*/false, grad, logits, target, row_max,
-                 row_sum_exp, counts, alpha, alpha_tensor, reduction, ignore_index, ood_index);
+  static at::Tensor backward(const at::Tensor& grad, const LossInputs& inputs,
+                             const RowStatistics& statistics) {
+    check_inputs(inputs);
+    at::Tensor grad_logits = at::empty_like(inputs.logits);
+    run_backward(grad_logits, /*has_unit_gradient=*/false, grad, inputs, statistics);
     return grad_logits;
   }
 
   static void backward_from_unit(at::Tensor& unit_gradient, const at::Tensor& grad,
-                                 const at::Tensor& logits, const at::Tensor& target,
-                                 const at::Tensor& row_max, const at::Tensor& row_sum_exp,
-                                 const at::Tensor& counts, double alpha,
-                                 const OptionalTensor& alpha_tensor, std::string_view reduction,
-                                 OptionalInt ignore_index, OptionalInt ood_index) {
-    check_inputs(logits, target);
-    check_unit_gradient(unit_gradient, logits, parse_reduction(reduction));
-    run_backward(unit_gradient, /*has_unit_gradient=*/true, grad, logits, target, row_max,
-                 row_sum_exp, counts, alpha, alpha_tensor, reduction, ignore_index, ood_index);
-  }
-
-  // Registers every operator for the dispatch key of this backend.
-  static void register_for(torch::Library& m) {
-    m.impl("outlier_exposure_loss", TORCH_FN(loss));
-    m.impl("outlier_exposure_loss.tensor_alpha", TORCH_FN(loss_tensor_alpha));
-    m.impl("_outlier_exposure_loss_forward", TORCH_FN(forward));
-    m.impl("_outlier_exposure_loss_backward", TORCH_FN(backward));
-    m.impl("_outlier_exposure_loss_backward_from_unit", TORCH_FN(backward_from_unit));
+                                 const LossInputs& inputs, const RowStatistics& statistics) {
+    check_inputs(inputs);
+    check_unit_gradient(unit_gradient, inputs);
+    run_backward(unit_gradient, /*has_unit_gradient=*/true, grad, inputs, statistics);
   }
 
  private:
-  static ForwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, double alpha,
-                                   const OptionalTensor& alpha_tensor,
-                                   std::string_view reduction_name, OptionalInt ignore_index,
-                                   OptionalInt ood_index, bool save_for_backward,
-                                   bool unit_gradient) {
-    const Reduction reduction = parse_reduction(reduction_name);
-    check_inputs(logits, target);
-    check_alpha(logits, target, alpha, alpha_tensor);
-    check_has_unit_gradient(unit_gradient, reduction);
+  static ForwardResult run_forward(const LossInputs& inputs, const OptionalTensor& given_counts,
+                                   bool for_backward, bool writes_gradient) {
+    const at::Tensor& logits = inputs.logits;
+    const at::Tensor& target = inputs.target;
+    check_inputs(inputs);
+    check_forward(inputs, given_counts, writes_gradient);
     const c10::DeviceGuard guard(logits.device());
 
-    const at::ScalarType dtype = loss_dtype(logits);
-    const auto options = logits.options().dtype(dtype);
-    const bool reduces = reduction != Reduction::kNone;
-    const bool save_cross_entropy = save_for_backward && alpha_tensor.has_value();
+    const auto options = logits.options().dtype(loss_dtype(logits));
+    const bool is_scalar = inputs.options.reduction.is_scalar;
+    const bool keeps_cross_entropy = for_backward && inputs.alpha_tensor.has_value();
     const auto per_row = [&](bool needed) {
       return needed ? at::empty(target.sizes(), options) : at::empty({0}, options);
     };
-    at::Tensor loss = reduces ? at::empty({}, options) : per_row(true);
-    at::Tensor row_cross_entropy = save_for_backward ? per_row(save_cross_entropy) : at::Tensor();
-    at::Tensor row_max = save_for_backward ? per_row(true) : at::Tensor();
-    at::Tensor row_sum_exp = save_for_backward ? per_row(true) : at::Tensor();
-    at::Tensor counts = at::empty({reduces ? 2 : 0}, options.dtype(at::kLong));
-    at::Tensor grad_logits;
-    if (save_for_backward) {
-      grad_logits = unit_gradient ? at::empty_like(logits) : at::empty({0}, logits.options());
+    at::Tensor loss = is_scalar ? at::empty({}, options) : per_row(true);
+    at::Tensor row_cross_entropy = for_backward ? per_row(keeps_cross_entropy) : at::Tensor();
+    at::Tensor row_max = for_backward ? per_row(true) : at::Tensor();
+    at::Tensor row_sum_exp = for_backward ? per_row(true) : at::Tensor();
+    at::Tensor counts = at::empty({is_scalar ? 2 : 0}, options.dtype(at::kDouble));
+    at::Tensor unit_gradient;
+    if (for_backward) {
+      unit_gradient = writes_gradient ? at::empty_like(logits) : at::empty({0}, logits.options());
     }
 
-    const LossInputs inputs(logits, target, alpha, alpha_tensor, reduction, ignore_index,
-                            ood_index);
-    std::optional<RowView> output;
-    if (unit_gradient) {
-      output.emplace(rows_to_write(grad_logits));
+    const KernelInputs kernel_inputs(inputs, given_counts);
+    std::optional<KernelGradient> gradient;
+    if (writes_gradient) {
+      gradient.emplace(unit_gradient);
     }
 
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, logits.scalar_type(), "outlier_exposure_loss", [&] {
           using acc_t = at::opmath_type<scalar_t>;
           ForwardArgs<scalar_t, acc_t> args;
-          inputs.fill(args);
-          if (save_cross_entropy) {
+          kernel_inputs.fill(args);
+          if (keeps_cross_entropy) {
             args.row_cross_entropy = row_cross_entropy.template mutable_data_ptr<acc_t>();
           }
-          if (save_for_backward) {
+          if (for_backward) {
             args.row_max = row_max.template mutable_data_ptr<acc_t>();
             args.row_sum_exp = row_sum_exp.template mutable_data_ptr<acc_t>();
           }
-          if (reduces) {
+          if (is_scalar) {
             args.output.loss = loss.template mutable_data_ptr<acc_t>();
-            args.output.counts = counts.template mutable_data_ptr<int64_t>();
+            args.output.counts = counts.template mutable_data_ptr<double>();
           } else {
             args.row_loss = loss.template mutable_data_ptr<acc_t>();
           }
-          if (output.has_value()) {
-            args.grad_layout = output->layout;
-            cut_alike(args.layout, args.grad_layout);
-            args.grad_logits = output->tensor.template mutable_data_ptr<scalar_t>();
+          if (gradient.has_value()) {
+            gradient->fill(args);
           }
-          check_labels(Backend::forward(args), inputs.labels(), target);
+          check_labels(Backend::forward(args), kernel_inputs.labels(), target);
         });
-    if (output.has_value() && !output->tensor.is_same(grad_logits)) {
-      grad_logits.copy_(output->tensor);
+    if (gradient.has_value()) {
+      gradient->finish();
     }
-    return {loss, row_cross_entropy, row_max, row_sum_exp, counts, grad_logits};
+    return {loss, row_cross_entropy, row_max, row_sum_exp, counts, unit_gradient};
   }
 
   static void run_backward(const at::Tensor& grad_logits, bool has_unit_gradient,
-                           const at::Tensor& grad, const at::Tensor& logits,
-                           const at::Tensor& target, const at::Tensor& row_max,
-                           const at::Tensor& row_sum_exp, const at::Tensor& counts, double alpha,
-                           const OptionalTensor& alpha_tensor, std::string_view reduction_name,
-                           OptionalInt ignore_index, OptionalInt ood_index) {
-    const Reduction reduction = parse_reduction(reduction_name);
-    check_alpha(logits, target, alpha, alpha_tensor);
-    check_backward(grad, logits, target, row_max, row_sum_exp, counts, reduction);
+                           const at::Tensor& grad, const LossInputs& inputs,
+                           const RowStatistics& statistics) {
+    check_backward(grad, inputs, statistics);
     if (grad_logits.numel() == 0) {
       return;
     }
+    const at::Tensor& logits = inputs.logits;
     const c10::DeviceGuard guard(logits.device());
 
-    const LossInputs inputs(logits, target, alpha, alpha_tensor, reduction, ignore_index,
-                            ood_index);
-    const RowView output = rows_to_write(grad_logits);
-    const bool in_place = output.tensor.is_same(grad_logits);
-    const at::Tensor maxima = row_max.contiguous();
-    const at::Tensor sums_exp = row_sum_exp.contiguous();
-    const at::Tensor group_counts = counts.contiguous();
-    const RowVector upstream(grad, target, loss_dtype(logits));
+    const KernelInputs kernel_inputs(inputs, statistics.counts);
+    const KernelGradient gradient(grad_logits);
+    const at::Tensor row_max = statistics.row_max.contiguous();
+    const at::Tensor row_sum_exp = statistics.row_sum_exp.contiguous();
+    const RowVector upstream(grad, inputs.target, loss_dtype(logits));
 
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, logits.scalar_type(), "outlier_exposure_loss_backward", [&] {
           using acc_t = at::opmath_type<scalar_t>;
           BackwardArgs<scalar_t, acc_t> args;
-          inputs.fill(args);
-          args.grad_layout = output.layout;
-          cut_alike(args.layout, args.grad_layout);
-          args.grad_logits = output.tensor.template mutable_data_ptr<scalar_t>();
+          kernel_inputs.fill(args);
+          gradient.fill(args);
           args.grad = upstream.template per_row<acc_t>();
-          args.row_max = maxima.template const_data_ptr<acc_t>();
-          args.row_sum_exp = sums_exp.template const_data_ptr<acc_t>();
-          args.counts = reduction == Reduction::kNone
-                            ? nullptr
-                            : group_counts.template const_data_ptr<int64_t>();
-          args.has_unit_gradient = has_unit_gradient && in_place;
-          check_labels(Backend::backward(args), inputs.labels(), target);
+          args.row_max = row_max.template const_data_ptr<acc_t>();
+          args.row_sum_exp = row_sum_exp.template const_data_ptr<acc_t>();
+          args.has_unit_gradient = has_unit_gradient && gradient.is_in_place();
+          check_labels(Backend::backward(args), kernel_inputs.labels(), inputs.target);
         });
-    if (!in_place) {
-      grad_logits.copy_(output.tensor);
-    }
+    gradient.finish();
   }
 };
+
+// Registers every operator for the dispatch key of a backend.
+template <typename Backend>
+void register_backend(torch::Library& m) {
+  OutlierExposureKernels<BackendKernels<Backend>>::register_for(m);
+}
 
 }  // namespace oe_ext

@@ -26,7 +26,7 @@ struct Axis {
   }
 };
 
-void cut(RowLayout& layout, int64_t num_outer) {
+void split_batch(RowLayout& layout, int64_t num_outer) {
   if (layout.num_outer == num_outer) {
     return;
   }
@@ -74,10 +74,10 @@ std::optional<RowLayout> row_layout(const at::Tensor& logits) {
   return layout;
 }
 
-void cut_alike(RowLayout& logits, RowLayout& grad) {
+void split_batch_alike(RowLayout& logits, RowLayout& grad) {
   const int64_t num_outer = std::max(logits.num_outer, grad.num_outer);
-  cut(logits, num_outer);
-  cut(grad, num_outer);
+  split_batch(logits, num_outer);
+  split_batch(grad, num_outer);
 }
 
 RowView rows_to_read(const at::Tensor& logits) {

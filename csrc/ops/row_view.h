@@ -13,9 +13,9 @@ namespace oe_ext {
 // axes with a stride each (a crop of an image, say).
 std::optional<RowLayout> row_layout(const at::Tensor& logits);
 
-// Cuts the rows of both into as many outer ones. A layout that one stride walks through need not be
-// that of a gradient, where classes of the logits lie at the same place.
-void cut_alike(RowLayout& logits, RowLayout& grad);
+// Gives both the same num_outer. One stride may walk through all rows of the logits and not through
+// those of the gradient, or the other way round.
+void split_batch_alike(RowLayout& logits, RowLayout& grad);
 
 struct RowView {
   at::Tensor tensor;

@@ -23,7 +23,7 @@ struct Outputs {
         gradient(problem.logits.size()) {}
 
   void compute(const Problem<float>& problem) {
-    auto forward = problem.inputs<ForwardArgs<float, float>>(Reduction::kGroupMean, false);
+    auto forward = problem.inputs<ForwardArgs<float, float>>(*find_reduction("group_mean"), false);
     forward.output = {loss.data(), counts.data()};
     forward.row_max = max.data();
     forward.row_sum_exp = sum_exp.data();
@@ -31,7 +31,8 @@ struct Outputs {
     forward.grad_logits = unit_gradient.data();
     ASSERT_EQ(run(forward), -1);
     const float upstream = 3;
-    auto backward = problem.inputs<BackwardArgs<float, float>>(Reduction::kGroupMean, false);
+    auto backward =
+        problem.inputs<BackwardArgs<float, float>>(*find_reduction("group_mean"), false);
     backward.grad = {&upstream, 0};
     backward.row_max = max.data();
     backward.row_sum_exp = sum_exp.data();
@@ -48,7 +49,7 @@ struct Outputs {
   }
 
   Buffer<float> loss;
-  Buffer<int64_t> counts;
+  Buffer<double> counts;
   Buffer<float> max;
   Buffer<float> sum_exp;
   Buffer<float> unit_gradient;
@@ -115,9 +116,9 @@ TEST(Labels, TheFirstIllegalOneIsReported) {
     labels[1234] = 65;
     labels[1235] = std::numeric_limits<int64_t>::max();
     labels[2999] = 65;
-    auto args = problem.inputs<ForwardArgs<float, float>>(Reduction::kMean, false);
+    auto args = problem.inputs<ForwardArgs<float, float>>(*find_reduction("mean"), false);
     Buffer<float> loss(1);
-    Buffer<int64_t> counts(2, -1);
+    Buffer<double> counts(2, -1);
     Buffer<float> gradient(problem.logits.size());
     args.output = {loss.data(), counts.data()};
     args.grad_layout = problem.layout;

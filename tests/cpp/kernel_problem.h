@@ -2,7 +2,7 @@
 //
 // Each buffer is an allocation of its own and ends with its last element, so that AddressSanitizer
 // sees the first byte beyond it. What a kernel should write starts as NaN, and what lies between
-// the strides of a gradient as a mark that must survive.
+// the strides of a gradient as a number that must survive.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -133,7 +133,7 @@ class LabelBuffer {
     size = is_one_of(LabelType::kInt8, LabelType::kUInt8) ? sizeof(int8_t) : size;
     memory_ = std::make_unique<char[]>(shape.rows() * size);
     labels.data = memory_.get();
-    // What the type can hold, beside the marks.
+    // What the type can hold, beside the special labels.
     const int64_t highest = std::min<int64_t>(shape.classes - 1, size == 1 ? 100 : 30000);
     for (int64_t row = 0; row < shape.rows(); ++row) {
       const auto kind = random() % 8;
@@ -228,12 +228,12 @@ class Problem {
 
   // What forward and backward have in common.
   template <typename Args>
-  Args inputs(Reduction reduction, bool alpha_of_each_row) const {
+  Args inputs(const Reduction& reduction, bool alpha_of_each_row) const {
     Args args;
     args.layout = layout;
     args.logits = logits.data();
     args.labels = labels.labels;
-    args.reduction = reduction;
+    args.divisor_rule = reduction.divisors;
     args.alpha.value = acc_t(0.5);
     if (alpha_of_each_row) {
       args.alpha.values = {alphas.data(), 1};

@@ -16,8 +16,6 @@ constexpr size_t kEvery = 17;
 constexpr size_t kEvery = 1;
 #endif
 
-constexpr Reduction kReductions[] = {Reduction::kNone, Reduction::kSum, Reduction::kMean,
-                                     Reduction::kGroupMean};
 constexpr LabelType kLabelTypes[] = {LabelType::kInt64, LabelType::kInt32, LabelType::kInt16,
                                      LabelType::kInt8,  LabelType::kUInt8, LabelType::kUInt16,
                                      LabelType::kUInt32};
@@ -63,12 +61,12 @@ class Kernels : public ::testing::Test {
       const bool ignored = problem.labels.kind(row) == RowKind::kIgnored;
       expected.push_back(ignored ? Expected() : problem.expected(row));
     }
-    for (const Reduction reduction : kReductions) {
+    for (const Reduction& reduction : kReductions) {
       for (const bool alpha_of_each_row : {false, true}) {
         SCOPED_TRACE(::testing::Message()
                      << shape.images << "x" << shape.pixels << " rows of " << shape.classes
                      << ", layouts " << int(layouts.first) << " and " << int(layouts.second)
-                     << ", labels " << int(label_type) << ", reduction " << int(reduction)
+                     << ", labels " << int(label_type) << ", reduction " << reduction.name
                      << (alpha_of_each_row ? ", an alpha for each row" : ""));
         check(problem, expected, layouts.second, reduction, alpha_of_each_row);
       }
@@ -77,10 +75,12 @@ class Kernels : public ::testing::Test {
 
  private:
   void check(Problem<T>& problem, const std::vector<Expected>& expected, Layout grad_layout,
-             Reduction reduction, bool alpha_of_each_row) {
+             const Reduction& reduction, bool alpha_of_each_row) {
     const int64_t num_rows = problem.shape.rows();
-    const bool reduces = reduction != Reduction::kNone;
+    const bool reduces = reduction.is_scalar;
     const GroupCounts counts = problem.counts();
+    const GroupDivisors divisors =
+        reduction.divisors(double(counts.inliers), double(counts.outliers));
     const RowLayout gradients = make_layout(grad_layout, problem.shape);
 
     // What follows from the definition, for each row: its weight and its divisor.
@@ -92,7 +92,8 @@ class Kernels : public ::testing::Test {
       const acc_t alpha = alpha_of_each_row ? problem.alphas[row] : kAlpha;
       const double weight =
           kind == RowKind::kInlier ? 1 : (kind == RowKind::kOutlier ? double(alpha) : 0);
-      weights.push_back(weight / double(reduction_divisor(reduction, kind, counts)));
+      weights.push_back(weight /
+                        (kind == RowKind::kOutlier ? divisors.outliers : divisors.inliers));
       losses.push_back(weight * expected[row].cross_entropy);
       sums.add(kind, losses.back());
     }
@@ -102,7 +103,7 @@ class Kernels : public ::testing::Test {
       auto args =
           problem.template inputs<ForwardArgs<scalar_t, acc_t>>(reduction, alpha_of_each_row);
       Buffer<acc_t> loss(reduces ? 1 : num_rows);
-      Buffer<int64_t> loss_counts(2, -1);
+      Buffer<double> loss_counts(2, -1);
       Buffer<acc_t> max(num_rows);
       Buffer<acc_t> sum_exp(num_rows);
       Buffer<acc_t> cross_entropy(num_rows);
@@ -120,7 +121,7 @@ class Kernels : public ::testing::Test {
         args.grad_layout = gradients;
       }
       ASSERT_EQ(run(args), -1);
-      check_loss(loss, losses, sums, reduction);
+      check_loss(loss, losses, sums, reduction, divisors);
       if (reduces) {
         EXPECT_EQ(loss_counts[0], counts.inliers);
         EXPECT_EQ(loss_counts[1], counts.outliers);
@@ -147,7 +148,7 @@ class Kernels : public ::testing::Test {
                       Buffer<scalar_t>& unit_gradient, const RowLayout& gradients) {
     const Buffer<acc_t> one_upstream(1, acc_t(3));
     Buffer<scalar_t> gradient(extent(gradients), kUntouched);
-    const bool reduces = args.reduction != Reduction::kNone;
+    const bool reduces = args.counts != nullptr;
     args.grad =
         reduces ? PerRow<acc_t>{one_upstream.data(), 0} : PerRow<acc_t>{problem.upstream.data(), 1};
     args.grad_layout = gradients;
@@ -163,15 +164,16 @@ class Kernels : public ::testing::Test {
   }
 
   void check_loss(const Buffer<acc_t>& loss, const std::vector<double>& losses,
-                  const GroupSums& sums, Reduction reduction) {
-    if (reduction == Reduction::kNone) {
+                  const GroupSums& sums, const Reduction& reduction,
+                  const GroupDivisors& divisors) {
+    if (!reduction.is_scalar) {
       for (int64_t row = 0; row < loss.size(); ++row) {
         ASSERT_NEAR(loss[row], losses[row], 16 * unit_in_last_place(losses[row], kEpsilon));
       }
       return;
     }
-    const double expected = sums.reduce(reduction, static_cast<int64_t>(losses.size()));
-    if (std::isnan(expected)) {
+    const double expected = sums.divided_by(divisors);
+    if (losses.empty() && reduction.divisors.empty_is_nan) {
       EXPECT_TRUE(is_nan(loss[0]));
     } else {
       EXPECT_NEAR(loss[0], expected, 16 * unit_in_last_place(expected, kEpsilon));
@@ -261,7 +263,8 @@ TYPED_TEST(Kernels, SpecialNumbersStayInTheirRow) {
         is_special[row] = problem.labels.kind(row) != RowKind::kIgnored;
         problem.at(row, row % shape.classes) = static_cast<scalar_t>(specials[row / 4 % 2]);
       }
-      auto args = problem.template inputs<ForwardArgs<scalar_t, acc_t>>(Reduction::kNone, false);
+      auto args =
+          problem.template inputs<ForwardArgs<scalar_t, acc_t>>(*find_reduction("none"), false);
       Buffer<acc_t> loss(shape.rows());
       args.row_loss = loss.data();
       ASSERT_EQ(run(args), -1);
@@ -277,9 +280,9 @@ TYPED_TEST(Kernels, SpecialNumbersStayInTheirRow) {
 template <typename Change>
 void run_wrongly(const Change& change) {
   const Problem<float> problem({1, 600, 5}, Layout::kRows, LabelType::kInt64);
-  auto args = problem.inputs<ForwardArgs<float, float>>(Reduction::kSum, false);
+  auto args = problem.inputs<ForwardArgs<float, float>>(*find_reduction("sum"), false);
   Buffer<float> loss(1);
-  Buffer<int64_t> counts(2, -1);
+  Buffer<double> counts(2, -1);
   args.output = {loss.data(), counts.data()};
   change(args);
   run(args);

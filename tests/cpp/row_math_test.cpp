@@ -21,7 +21,7 @@ template <typename acc_t>
 RowStats<acc_t> stats_of(const std::vector<acc_t>& x) {
   RowStats<acc_t> stats;
   for (size_t begin = 0; begin < x.size(); begin += kClassBlock) {
-    auto block = RowStats<acc_t>::below(stats.max);
+    auto block = RowStats<acc_t>::with_max(stats.max);
     for (size_t i = begin; i < std::min(x.size(), begin + kClassBlock); ++i) {
       block.push(x[i]);
     }
@@ -56,14 +56,16 @@ struct Expected {
 
 template <typename acc_t>
 acc_t inlier_cross_entropy(const RowStats<acc_t>& stats, acc_t logit) {
-  return RowLoss<acc_t>::of_row(true, false, acc_t(1), stats.log_sum(), logit - stats.max, acc_t(0))
-      .loss;
+  const auto inlier = RowCoefficients<acc_t>::of_row(true, false, acc_t(1));
+  const acc_t nan = std::numeric_limits<acc_t>::quiet_NaN();  // of no interest to an inlier
+  return RowLoss<acc_t>::of_row(inlier, stats.log_sum(), logit - stats.max, nan).loss;
 }
 
 template <typename acc_t>
 acc_t outlier_cross_entropy(const RowStats<acc_t>& stats) {
-  return RowLoss<acc_t>::of_row(true, true, acc_t(1), stats.log_sum(), acc_t(0),
-                                stats.sum_shifted / stats.count)
+  const auto outlier = RowCoefficients<acc_t>::of_row(false, true, acc_t(1));
+  const acc_t nan = std::numeric_limits<acc_t>::quiet_NaN();
+  return RowLoss<acc_t>::of_row(outlier, stats.log_sum(), nan, stats.sum_shifted / stats.count)
       .loss;
 }
 
@@ -149,17 +151,23 @@ TEST(RowStats, ExtremeFiniteLogits) {
 TEST(RowGradient, IsSoftmaxMinusQ) {
   const std::vector<double> x = {0.5, -1.0, 2.0};
   const auto stats = stats_of(x);
-  const auto of_row = [&](double weight, RowKind kind) {
-    return RowGradient<double>::of_row(stats.max, stats.sum_exp, weight, /*scale=*/2.0, kind,
-                                       /*label=*/1, /*num_classes=*/3);
+  const auto gradient_of = [&](RowCoefficients<double> row) {
+    return RowGradient<double>{
+        stats.max,
+        GradientCoefficients<double>::of_row(row, stats.sum_exp, /*scale=*/2.0, /*num_classes=*/3),
+        /*label=*/1, /*active=*/true};
   };
-  const auto inlier = of_row(1, RowKind::kInlier);
-  const auto outlier = of_row(0.5, RowKind::kOutlier);
-  const Expected expected(x);
-  for (int64_t cls = 0; cls < 3; ++cls) {
-    const double softmax = std::exp(x[cls] - double(expected.logsumexp));
-    EXPECT_NEAR(inlier(x[cls], cls), 2.0 * (softmax - (cls == 1 ? 1.0 : 0.0)), 1e-15);
-    EXPECT_NEAR(outlier(x[cls], cls), 2.0 * (softmax - 1.0 / 3), 1e-15);
+  // An inlier, an outlier, and what lies between: a smoothed label.
+  for (const RowCoefficients<double> row : {RowCoefficients<double>::of_row(true, false, 1.0),
+                                            RowCoefficients<double>::of_row(false, true, 0.5),
+                                            {1.0, 0.75, 0.25}}) {
+    const auto gradient = gradient_of(row);
+    const Expected expected(x);
+    for (int64_t cls = 0; cls < 3; ++cls) {
+      const double softmax = std::exp(x[cls] - double(expected.logsumexp));
+      const double q = (cls == 1 ? row.label : 0.0) + row.uniform / 3;
+      EXPECT_NEAR(gradient(x[cls], cls), 2.0 * (softmax - q), 1e-15);
+    }
   }
   EXPECT_EQ(RowGradient<double>()(std::nan(""), 0), 0.0);
 }
@@ -189,6 +197,29 @@ TEST(LabelRule, Kinds) {
   EXPECT_EQ(rule.kind(2), RowKind::kIgnored);
 }
 
+TEST(LabelRule, ClassesOfAPart) {
+  LabelRule rule;
+  rule.num_classes = 10;
+  rule.first_class = 4;  // and three classes are here
+  EXPECT_EQ(rule.class_here(4), 0);
+  EXPECT_EQ(rule.class_here(6), 2);
+  for (const int64_t elsewhere : {0, 3, 7, 9}) {
+    EXPECT_GE(rule.class_here(elsewhere), 3);
+    EXPECT_LT(rule.class_here(elsewhere), 10);
+  }
+}
+
+// The loss of num_rows rows, with the counts to divide by, or null for their own.
+double reduced(const GroupSums& sums, std::string_view name, int64_t num_rows,
+               const double* given = nullptr) {
+  double loss = 0;
+  double counts[2];
+  LossOutput<double>{&loss, counts}.write(sums, find_reduction(name)->divisors, given, num_rows);
+  EXPECT_EQ(counts[0], given != nullptr ? given[0] : double(sums.counts.inliers));
+  EXPECT_EQ(counts[1], given != nullptr ? given[1] : double(sums.counts.outliers));
+  return loss;
+}
+
 TEST(GroupSums, Reductions) {
   GroupSums sums;
   sums.add(RowKind::kInlier, 1);
@@ -196,21 +227,31 @@ TEST(GroupSums, Reductions) {
   sums.add(RowKind::kInlier, 6);
   sums.add(RowKind::kOutlier, 10);
   sums.add(RowKind::kIgnored, 1000);
-  EXPECT_EQ(sums.reduce(Reduction::kSum, 5), 19.0);
-  EXPECT_EQ(sums.reduce(Reduction::kMean, 5), 19.0 / 4);
-  EXPECT_EQ(sums.reduce(Reduction::kGroupMean, 5), 3.0 + 10.0);
+  EXPECT_EQ(reduced(sums, "sum", 5), 19.0);
+  EXPECT_EQ(reduced(sums, "mean", 5), 19.0 / 4);
+  EXPECT_EQ(reduced(sums, "group_mean", 5), 3.0 + 10.0);
+}
+
+TEST(GroupSums, CountsFromOutside) {
+  GroupSums sums;
+  sums.add(RowKind::kInlier, 3);
+  sums.add(RowKind::kOutlier, 10);
+  const double given[] = {1.5, 4};
+  EXPECT_EQ(reduced(sums, "mean", 2, given), 13.0 / 5.5);
+  EXPECT_EQ(reduced(sums, "group_mean", 2, given), 2.0 + 2.5);
+  EXPECT_EQ(reduced(GroupSums(), "mean", 0, given), 0.0);
 }
 
 TEST(GroupSums, EmptyGroups) {
   GroupSums inliers_only;
   inliers_only.add(RowKind::kInlier, 4);
-  EXPECT_EQ(inliers_only.reduce(Reduction::kGroupMean, 1), 4.0);
-  for (const Reduction reduction : {Reduction::kSum, Reduction::kMean, Reduction::kGroupMean}) {
-    EXPECT_EQ(GroupSums().reduce(reduction, 3), 0.0) << "all ignored";
+  EXPECT_EQ(reduced(inliers_only, "group_mean", 1), 4.0);
+  for (const char* name : {"sum", "mean", "group_mean"}) {
+    EXPECT_EQ(reduced(GroupSums(), name, 3), 0.0) << "all ignored";
   }
-  EXPECT_TRUE(std::isnan(GroupSums().reduce(Reduction::kMean, 0)));
-  EXPECT_EQ(GroupSums().reduce(Reduction::kSum, 0), 0.0);
-  EXPECT_EQ(GroupSums().reduce(Reduction::kGroupMean, 0), 0.0);
+  EXPECT_TRUE(std::isnan(reduced(GroupSums(), "mean", 0)));
+  EXPECT_EQ(reduced(GroupSums(), "sum", 0), 0.0);
+  EXPECT_EQ(reduced(GroupSums(), "group_mean", 0), 0.0);
 }
 
 TEST(RowLayout, OffsetsBeyond32Bits) {
@@ -223,7 +264,7 @@ TEST(RowLayout, OffsetsBeyond32Bits) {
   layout.outer_stride = layout.num_inner * layout.num_classes;  // 2^33
   EXPECT_EQ(layout.row_offset(2 * layout.num_inner + 5), (int64_t(1) << 34) + 5);
   EXPECT_EQ(layout.class_offset(8191), int64_t(8191) << 20);
-  EXPECT_TRUE(layout.rows_are_closest());
+  EXPECT_TRUE(layout.is_class_major());
 }
 
 }  // namespace

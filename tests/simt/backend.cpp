@@ -37,18 +37,8 @@ size_t extent(const RowLayout& layout) {
 }
 
 size_t bytes_of(const Labels& labels, int64_t num_rows) {
-  switch (labels.type) {
-    case LabelType::kInt64:
-      return num_rows * sizeof(int64_t);
-    case LabelType::kInt32:
-    case LabelType::kUInt32:
-      return num_rows * sizeof(int32_t);
-    case LabelType::kInt16:
-    case LabelType::kUInt16:
-      return num_rows * sizeof(int16_t);
-    default:
-      return num_rows;
-  }
+  return num_rows *
+         with_label_type(labels.type, labels.data, [](const auto* data) { return sizeof(*data); });
 }
 
 template <typename T>
@@ -70,8 +60,9 @@ struct SimtBackend {
     const simt::Watch cross_entropy("row_cross_entropy", args.row_cross_entropy, row_bytes);
     const simt::Watch max("row_max", args.row_max, row_bytes);
     const simt::Watch sum_exp("row_sum_exp", args.row_sum_exp, row_bytes);
+    const simt::Watch given_counts("given_counts", args.counts, 2 * sizeof(double));
     const simt::Watch loss("loss", args.output.loss, sizeof(acc_t));
-    const simt::Watch counts("counts", args.output.counts, 2 * sizeof(int64_t));
+    const simt::Watch counts("counts", args.output.counts, 2 * sizeof(double));
     const simt::Watch partials("scratch", scratch.data(), cuda::kScratchBytes);
     std::get<LauncherPair<scalar_t, acc_t>>(*launchers).forward(args, scratch.data(), nullptr);
     simt::end_launcher();
@@ -89,7 +80,7 @@ struct SimtBackend {
     const simt::Watch upstream("grad", args.grad.data, bytes_of(args.grad, num_rows));
     const simt::Watch max("row_max", args.row_max, row_bytes);
     const simt::Watch sum_exp("row_sum_exp", args.row_sum_exp, row_bytes);
-    const simt::Watch counts("counts", args.counts, 2 * sizeof(int64_t));
+    const simt::Watch counts("counts", args.counts, 2 * sizeof(double));
     std::get<LauncherPair<scalar_t, acc_t>>(*launchers).backward(args, nullptr);
     simt::end_launcher();
     return -1;
@@ -139,7 +130,7 @@ std::unique_ptr<torch::Library> active;
 void activate() {
   active = std::make_unique<torch::Library>(torch::Library::IMPL, "oe_ext", c10::DispatchKey::CPU,
                                             __FILE__, __LINE__);
-  Operator<SimtBackend>::register_for(*active);
+  register_backend<SimtBackend>(*active);
 }
 
 void deactivate() { active.reset(); }

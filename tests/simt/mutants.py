@@ -24,6 +24,8 @@ REDUCE = "csrc/cuda/reduce.cuh"
 LAUNCH = "csrc/cuda/launch_cuda.cu"
 ARGS = "csrc/core/kernel_args.h"
 MATHS = "csrc/core/row_math.h"
+LABELS = "csrc/core/labels.h"
+REDUCTION = "csrc/core/reduction.h"
 
 MUTANTS = [
     # Synchronisation and shared memory
@@ -123,16 +125,14 @@ MUTANTS = [
     Mutant(
         "rows: the gradient goes where the logits' strides say",
         ROWS,
-        "args.grad_logits + args.grad_layout.row_offset(row),\n"
-        "                                  args.grad_layout, walk, stage);",
-        "args.grad_logits + args.layout.row_offset(row),\n"
-        "                                  args.grad_layout, walk, stage);",
+        "x, args.layout, args.grad_logits + args.grad_layout.row_offset(row), args.grad_layout,",
+        "x, args.layout, args.grad_logits + args.layout.row_offset(row), args.grad_layout,",
     ),
     Mutant(
         "rows: a tail that is not scaled",
         ROWS,
         "static_cast<scalar_t>(gradient(x, walk.rest));",
-        "static_cast<scalar_t>(std::exp(x - gradient.max) / gradient.sum_exp);",
+        "static_cast<scalar_t>(std::exp(x - gradient.max));",
     ),
     Mutant(
         "rows: every lane writes the row's sums",
@@ -167,26 +167,26 @@ MUTANTS = [
     Mutant(
         "pixels: the grid's stride forgets the width",
         PIXELS,
-        "    int64_t label[kSize];",
-        "    if (first / kSize >= grid_threads()) break;\n    int64_t label[kSize];",
+        "    int64_t cls[kSize];",
+        "    if (first / kSize >= grid_threads()) break;\n    int64_t cls[kSize];",
     ),
     Mutant(
         "pixels: the label of the first row for all of a vector",
         PIXELS,
-        "label[k] = args.labels[first + k];",
-        "label[k] = args.labels[first];",
+        "const int64_t label = args.labels[first + k];",
+        "const int64_t label = args.labels[first];",
     ),
     Mutant(
         "pixels: statistics of the first row for all of a vector",
         PIXELS,
-        "args.row_gradient(first + k, label[k], kind[k], stats[k], counts)",
-        "args.row_gradient(first + k, label[k], kind[k], stats[0], counts)",
+        "args.row_gradient(coefficients[k], cls[k], kind[k], stats[k].max,",
+        "args.row_gradient(coefficients[k], cls[k], kind[k], stats[0].max,",
     ),
     Mutant(
         "pixels: the first row decides for all whether to look",
         PIXELS,
-        "any_active |= args.is_active(first + k, kind[k]);",
-        "any_active = args.is_active(first, kind[0]);",
+        "any_active |= args.is_active(coefficients[k], kind[k]);",
+        "any_active = args.is_active(coefficients[0], kind[0]);",
     ),
     Mutant(
         "pixels: no sum is left by the last warp",
@@ -311,46 +311,44 @@ MUTANTS = [
     Mutant(
         "the maximum is not subtracted",
         ROWS,
-        "auto block = RowStats<acc_t>::below(max);",
-        "auto block = RowStats<acc_t>::below(acc_t(0));",
+        "auto block = RowStats<acc_t>::with_max(max);",
+        "auto block = RowStats<acc_t>::with_max(acc_t(0));",
     ),
     Mutant(
         "the uniform term is dropped",
         MATHS,
-        "select(outlier & (weight != acc_t(0)), scale / num_classes, acc_t(0))};",
-        "acc_t(0)};",
+        "select(has_uniform, scale * row.uniform / num_classes, acc_t(0)),",
+        "acc_t(0),",
     ),
     Mutant(
         "the label's exponential is as any other",
         MATHS,
-        "cls == label ? exp_shifted - sum_exp : exp_shifted;",
+        "cls == label ? exp_shifted - coefficients.at_label : exp_shifted;",
         "exp_shifted;",
     ),
     Mutant(
         "alpha weighs the inliers",
         ARGS,
-        "if (kind == RowKind::kInlier) {\n    return acc_t(1);\n  }\n"
-        "  return kind == RowKind::kOutlier ? alpha[row] : acc_t(0);",
-        "if (kind == RowKind::kOutlier) {\n    return acc_t(1);\n  }\n"
-        "  return kind == RowKind::kInlier ? alpha[row] : acc_t(0);",
+        "weight_of(inlier, outlier, outlier ? alpha[row] : acc_t(0));",
+        "weight_of(outlier, inlier, inlier ? alpha[row] : acc_t(0));",
     ),
     Mutant(
         "outliers are looked for before ignored rows",
-        MATHS,
+        LABELS,
         "return has_ignore_index & (label == ignore_index);",
         "return has_ignore_index & (label == ignore_index) & (label >= 0);",
     ),
     Mutant(
         "the mean counts the inliers alone",
-        MATHS,
-        "return counts.inliers + counts.outliers;",
-        "return counts.inliers;",
+        REDUCTION,
+        "(by_outliers ? num_outliers : 0);",
+        "0;",
     ),
     Mutant(
         "the groups' means share a count",
-        MATHS,
-        "return kind == RowKind::kOutlier ? counts.outliers : counts.inliers;",
-        "return counts.outliers;",
+        ARGS,
+        "kind == RowKind::kOutlier ? divisors.outliers : divisors.inliers);",
+        "divisors.outliers);",
     ),
     Mutant(
         "rows that do not count leave what was there",
@@ -372,8 +370,8 @@ MUTANTS = [
     ),
     Mutant(
         "the upstream gradient is the first row's",
-        ARGS,
-        "weight * grad[row] / divisor",
-        "weight * grad[0] / divisor",
+        DEVICE,
+        "args.row_sum_exp[row], args.grad[row], divisors);",
+        "args.row_sum_exp[row], args.grad[0], divisors);",
     ),
 ]

@@ -1,0 +1,122 @@
+// What a reduction is: the one place that knows their names and what they divide by. Kernels are
+// given a DivisorRule and know no more.
+#pragma once
+
+#include <limits>
+#include <string_view>
+
+#include "labels.h"
+
+namespace oe_ext {
+
+// How many positions count, by group.
+struct GroupCounts {
+  int64_t inliers = 0;
+  int64_t outliers = 0;
+
+  C10_HOST_DEVICE void add(RowKind kind) {
+    inliers += kind == RowKind::kInlier;
+    outliers += kind == RowKind::kOutlier;
+  }
+
+  C10_HOST_DEVICE void merge(const GroupCounts& other) {
+    inliers += other.inliers;
+    outliers += other.outliers;
+  }
+};
+
+// What the losses of each group are divided by.
+struct GroupDivisors {
+  double inliers = 1;
+  double outliers = 1;
+};
+
+// The groups whose members a sum of losses is divided by; without any, it stays a sum.
+struct Divisor {
+  bool by_inliers = false;
+  bool by_outliers = false;
+
+  constexpr C10_HOST_DEVICE bool counts() const { return by_inliers || by_outliers; }
+
+  C10_HOST_DEVICE double operator()(double num_inliers, double num_outliers) const {
+    if (!counts()) {
+      return 1;
+    }
+    return (by_inliers ? num_inliers : 0) + (by_outliers ? num_outliers : 0);
+  }
+};
+
+// A divisor is 0 only where there is nothing to divide.
+struct DivisorRule {
+  Divisor inliers;
+  Divisor outliers;
+  bool empty_is_nan = false;  // of no positions at all, as torch's mean() is
+
+  constexpr C10_HOST_DEVICE bool counts() const { return inliers.counts() || outliers.counts(); }
+
+  // The counts are fractions where processes share them.
+  C10_HOST_DEVICE GroupDivisors operator()(double num_inliers, double num_outliers) const {
+    return {inliers(num_inliers, num_outliers), outliers(num_inliers, num_outliers)};
+  }
+};
+
+struct Reduction {
+  std::string_view name;
+  bool is_scalar;  // else a loss for each position
+  DivisorRule divisors;
+};
+
+inline constexpr Divisor kByInliers = {true, false};
+inline constexpr Divisor kByOutliers = {false, true};
+inline constexpr Divisor kByAll = {true, true};
+
+inline constexpr Reduction kReductions[] = {
+    {"none", /*is_scalar=*/false, {}},
+    {"sum", true, {}},
+    {"mean", true, {kByAll, kByAll, /*empty_is_nan=*/true}},
+    {"group_mean", true, {kByInliers, kByOutliers}},
+};
+
+// Null for a name that none has.
+constexpr const Reduction* find_reduction(std::string_view name) {
+  for (const Reduction& reduction : kReductions) {
+    if (reduction.name == name) {
+      return &reduction;
+    }
+  }
+  return nullptr;
+}
+
+// Sums of the weighted losses by group. They are kept in double for every dtype: 10^7 positions
+// would cost float32 half of its digits.
+struct GroupSums {
+  double inliers = 0;
+  double outliers = 0;
+  GroupCounts counts;
+
+  C10_HOST_DEVICE void add(RowKind kind, double loss) {
+    inliers += kind == RowKind::kInlier ? loss : 0.0;
+    outliers += kind == RowKind::kOutlier ? loss : 0.0;
+    counts.add(kind);
+  }
+
+  C10_HOST_DEVICE void merge(const GroupSums& other) {
+    inliers += other.inliers;
+    outliers += other.outliers;
+    counts.merge(other.counts);
+  }
+
+  C10_HOST_DEVICE double divided_by(const GroupDivisors& divisors) const {
+    if (divisors.inliers == divisors.outliers) {
+      return divide(inliers + outliers, divisors.inliers);
+    }
+    return divide(inliers, divisors.inliers) + divide(outliers, divisors.outliers);
+  }
+
+ private:
+  C10_HOST_DEVICE static double divide(double sum, double divisor) {
+    return divisor != 0 ? sum / divisor : 0.0;
+  }
+};
+
+}  // namespace oe_ext

@@ -1,0 +1,99 @@
+"""What a reduction is: the one place in Python that knows their names and what they divide by, as
+``csrc/core/reduction.h`` is for the kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from oe_ext._sums import sum_from_axis
+
+__all__ = ["REDUCTIONS", "Reduction", "find_reduction", "reduce_rows"]
+
+_INLIERS, _OUTLIERS = 0, 1
+
+
+class Reduction(NamedTuple):
+    name: str
+    #: Else a loss for each position.
+    is_scalar: bool = True
+    #: The groups whose members the losses of each group are divided by; a sum without any.
+    inliers_by: tuple[int, ...] = ()
+    outliers_by: tuple[int, ...] = ()
+    #: Of no positions at all, as torch's mean() is.
+    empty_is_nan: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether it divides by counts."""
+        return bool(self.inliers_by or self.outliers_by)
+
+    def divisors(self, num_inliers: Tensor, num_outliers: Tensor) -> tuple[Tensor, Tensor]:
+        """What the losses of the inliers and of the outliers are divided by. Never 0, also of a
+        group without members: a derivative would see the infinity."""
+        members = (num_inliers, num_outliers)
+
+        def divisor(groups: tuple[int, ...]) -> Tensor:
+            if not groups:
+                return torch.ones_like(num_inliers)
+            total = sum((members[group] for group in groups[1:]), members[groups[0]])
+            return total.masked_fill(total == 0, 1)
+
+        return divisor(self.inliers_by), divisor(self.outliers_by)
+
+
+_ALL = (_INLIERS, _OUTLIERS)
+
+REDUCTIONS = {
+    reduction.name: reduction
+    for reduction in (
+        Reduction("none", is_scalar=False),
+        Reduction("sum"),
+        Reduction("mean", inliers_by=_ALL, outliers_by=_ALL, empty_is_nan=True),
+        Reduction("group_mean", inliers_by=(_INLIERS,), outliers_by=(_OUTLIERS,)),
+    )
+}
+
+
+def find_reduction(name: str, caller: str = "outlier_exposure_loss") -> Reduction:
+    """
+    Raises:
+        ValueError: there is none of this name.
+    """
+    reduction = REDUCTIONS.get(name)
+    if reduction is None:
+        known = ", ".join(map(repr, REDUCTIONS))
+        raise ValueError(f"{caller}: reduction must be one of {known}, got {name!r}")
+    return reduction
+
+
+def reduce_rows(
+    row_loss: Tensor,
+    inlier: Tensor,
+    outlier: Tensor,
+    name: str,
+    *,
+    first_axis: int = 0,
+    counts: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The losses of positions, of which those that are ignored are 0, reduced over the axes from
+    ``first_axis`` on: a loss for each sample of a batch in front. ``counts`` of inliers and of
+    outliers may be others than those of these positions."""
+    reduction = find_reduction(name)
+    if not reduction.is_scalar:
+        return row_loss
+    zero = torch.zeros_like(row_loss)
+    inlier_sum = sum_from_axis(torch.where(inlier, row_loss, zero).double(), first_axis)
+    outlier_sum = sum_from_axis(torch.where(inlier, zero, row_loss).double(), first_axis)
+    axes = list(range(first_axis, row_loss.dim()))
+    num_inliers, num_outliers = counts or (inlier.sum(axes), outlier.sum(axes))
+    of_inliers, of_outliers = reduction.divisors(num_inliers, num_outliers)
+    if reduction.inliers_by == reduction.outliers_by:
+        total = (inlier_sum + outlier_sum) / of_inliers
+    else:
+        total = inlier_sum / of_inliers + outlier_sum / of_outliers
+    if reduction.empty_is_nan and counts is None and row_loss.shape[first_axis:].numel() == 0:
+        total = total / 0
+    return total.to(row_loss.dtype)
