@@ -6,6 +6,7 @@ The order: what another copy has registered already; the prebuilt ``oe_ext._C``;
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.machinery
 import os
@@ -15,6 +16,8 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
+
+from oe_ext._version import __version__
 
 _PACKAGE = Path(__file__).resolve().parent
 _MARKER = re.compile(rb"oe_ext-built-with-torch=([0-9A-Za-z.+_-]+)")
@@ -45,8 +48,19 @@ def load() -> None:
         module, origin = _load_jit("oe_ext has no compiled library (oe_ext._C)")
     else:
         module, origin = _load_prebuilt(path), str(path)
+    _tell_compile_caches()
     if torch.version.cuda is not None and not has_cuda_kernels():
         _register_error_for_cuda()
+
+
+def _tell_compile_caches() -> None:
+    """Makes the library part of the key of torch.compile's caches, which outlive processes. Code
+    that was compiled for the operators of another version would run, and could be wrong."""
+    path = None if module is None else module.__file__
+    library = b"" if path is None else Path(path).read_bytes()
+    tag = f"oe_ext-{__version__}-{hashlib.sha256(library).hexdigest()[:16]}"
+    config = torch.compiler.config
+    config.cache_key_tag = " ".join(filter(None, [config.cache_key_tag, tag]))
 
 
 def has_cuda_kernels() -> bool:

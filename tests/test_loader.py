@@ -123,3 +123,31 @@ def test_collect_env():
     assert done.returncode == 0, done.stderr
     for part in (oe_ext.__version__, torch.__version__, "library", "kernels", "CPU capability"):
         assert part in done.stdout
+
+
+COMPILE = """
+import torch
+from torch._dynamo.utils import counters
+from oe_ext import outlier_exposure_loss
+logits = torch.randn(4, 5, requires_grad=True)
+torch.compile(outlier_exposure_loss)(logits, torch.tensor([0, -1, 2, 3])).backward()
+found = {name for name, number in counters["inductor"].items() if number and "cache" in name}
+print("hit" if "fxgraph_cache_hit" in found else "miss")
+"""
+
+
+def test_code_that_was_compiled_for_another_library_is_not_used(installed_copy):
+    """torch.compile's cache outlives a process. It would not see that the operators have changed,
+    and a gradient would be wrong without an error."""
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(installed_copy / "cache")}
+
+    def compile_loss() -> str:
+        done = python(COMPILE, installed_copy, **cache)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert [compile_loss(), compile_loss()] == ["miss", "hit"]
+    (library,) = (installed_copy / "oe_ext").glob("_C*.so")
+    with library.open("ab") as file:
+        file.write(b"\0")  # behind the end, where nothing is loaded from
+    assert [compile_loss(), compile_loss()] == ["miss", "hit"]
