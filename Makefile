@@ -37,6 +37,8 @@ ON_PATH := PATH="$(BIN):$$PATH"
 SOURCES := setup.py pyproject.toml oe_ext/_build.py \
            $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MARKERS := not packaging and not cuda_build and not mutants and not nvcc and not scale
+# The files of these tests, whichever folder they are in: $(call test_files,values cpu_kernels).
+test_files = $(foreach name,$(1),$(or $(wildcard tests/*/test_$(name).py),$(error no test_$(name).py)))
 
 .PHONY: demo test fuzz test-scale test-cpp test-sanitizers test-aarch64 test-asan-python \
         test-levels test-packaging test-mutants test-nvcc test-jit-cuda test-torches \
@@ -51,8 +53,8 @@ test: $(BUILT)  ## the Python tests
 
 SEED ?= 0
 fuzz: $(BUILT)  ## 20,000 examples of the properties, others for every SEED: minutes
-	$(PY) -m pytest -q tests/test_properties.py tests/test_sequences.py tests/test_higher_orders.py \
-	  --hypothesis-profile=fuzz --hypothesis-seed=$(SEED) --hypothesis-show-statistics $(ARGS)
+	$(PY) -m pytest -q -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(SEED) \
+	  --hypothesis-show-statistics $(ARGS)
 
 test-scale: $(BUILT)  ## billions of logits, millions of rows, 10^5 calls; 20 GiB of memory: minutes
 	$(PY) -m pytest -m scale --durations=0 $(ARGS)
@@ -106,7 +108,7 @@ test-asan-python: $(BUILT)  ## Python tests of the CPU operators, compiled with 
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" && \
 	  $(abspath $(PY)) -c "import oe_ext; assert 'asan-python' in oe_ext._ext.origin, oe_ext._ext.origin" && \
 	  $(abspath $(PY)) -m pytest -q -k "not simt" \
-	    $(foreach name,values layouts edges errors autograd unit_gradient stats vmap module cpu_kernels,$(CURDIR)/tests/test_$(name).py) $(ARGS)
+	    $(abspath $(call test_files,values layouts edges errors autograd unit_gradient stats vmap module cpu_kernels)) $(ARGS)
 
 # As the tests do, but with the kernels of lesser processors.
 test-levels: $(BUILT)  ## the CPU tests at every capability below this processor's: a minute or two
@@ -129,7 +131,7 @@ test-torches:  ## make test with each of TORCHES: ten minutes and 8 GB each
 	done
 
 COMPILERS ?= g++-11 g++-12 g++-13 g++-14 g++-15 g++-16 clang++-14
-NUMERIC_TESTS = $(foreach name,values layouts edges autograd numerics stats unit_gradient cpu_kernels properties,tests/test_$(name).py)
+NUMERIC_TESTS = $(call test_files,values layouts edges autograd numerics stats unit_gradient cpu_kernels properties)
 test-compilers: $(BUILT)  ## the kernels' tests at every level, loops' instructions; COMPILERS=: minutes each
 	$(call apt_install,/usr/include/valgrind/callgrind.h,valgrind)
 	for compiler in $(COMPILERS); do \
@@ -164,7 +166,7 @@ test-cuda: $(BUILT)
 	$(PY) -m pytest -m "$(MARKERS)" -k "cuda" $(ARGS)
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(PY) -m pytest -q tests/test_values.py -k "cuda and (row_counts or class_counts or tiles)" || exit 1; \
+	    $(PY) -m pytest -q $(call test_files,values) -k "cuda and (row_counts or class_counts or tiles)" || exit 1; \
 	done
 
 bench-cuda: $(BUILT)  ## on a GPU: our loss against its rivals; writes bench/results/cuda.*: minutes

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oe_ext import outlier_exposure_loss, reference
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 from inductor import keep_caches_apart
 from oracles import load_pytorch_ood_class
 

@@ -241,7 +241,7 @@ TYPED_TEST(Kernels, ShapesAndLayouts) {
 
 TYPED_TEST(Kernels, RowsAndPixelsThatFitNoTile) {
   if (kEvery > 1) {
-    GTEST_SKIP() << "minutes; tests/simt_cases.py has such rows";
+    GTEST_SKIP() << "minutes; tests/support/simt_cases.py has such rows";
   }
   for (const Shape shape : kLargeShapes) {
     this->check(shape, {Layout::kRows, Layout::kRows}, LabelType::kInt64);

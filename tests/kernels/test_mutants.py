@@ -14,7 +14,8 @@ import pytest
 import simt_cases
 import simt_device
 import torch
-from simt.mutants import MUTANTS, Mutant
+from mutants import MUTANTS, Mutant
+from paths import ROOT
 
 pytestmark = pytest.mark.mutants
 
@@ -27,7 +28,7 @@ NUMBERS = [i for i, case in enumerate(simt_cases.CASES) if case.dtype in TWO_DTY
 def build(mutant: Mutant, folder: Path) -> Path:
     """The library of a tree with one bug more."""
     for part in ("csrc", "tests/simt"):
-        shutil.copytree(simt_device.ROOT / part, folder / part)
+        shutil.copytree(ROOT / part, folder / part)
     file = folder / mutant.file
     text = file.read_text()
     assert text.count(mutant.old) == 1, f"{mutant.name}: its place in {mutant.file} has changed"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import programs
 import pytest
+from paths import ROOT
 
 from oe_ext import _jit
 
-ROOT = Path(__file__).resolve().parent.parent
 is_root = os.getuid() == 0
 
 

@@ -12,19 +12,13 @@ import pytest
 import simt_device
 import torch
 from budgets import Results, check_results
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from inputs import is_read_in_place
 from returned import all_returned
-from strategies import Case, Inputs, Layout, cases, kind_of
+from strategies import Case, Inputs, Layout, cases, examples, kind_of
 
 from oe_ext import outlier_exposure_loss
-
-TOTAL = settings().max_examples
-
-
-def examples(per_thousand: int) -> settings:
-    return settings(max_examples=max(1, TOTAL * per_thousand // 1000))
 
 
 def loss_of(case: Case, inputs: Inputs) -> torch.Tensor:

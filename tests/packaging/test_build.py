@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 from oe_ext import _build, _ext
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_no_two_sources_share_a_stem():

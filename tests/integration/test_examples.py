@@ -4,12 +4,12 @@ import csv
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import optional
 import pytest
+from paths import ROOT
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,12 @@ import programs
 import psutil
 import pytest
 import torch
+from paths import ROOT
 
 import oe_ext
 
 pytestmark = pytest.mark.packaging
 
-ROOT = Path(__file__).resolve().parent.parent
 TORCH = torch.__version__.partition("+")[0]
 BUILD_REQUIREMENTS = ["setuptools>=77", "ninja", "pybind11>=2.13", "wheel"]
 CHECK = (

@@ -20,6 +20,7 @@ import simt_device
 import torch
 from inputs import make_logits, make_target
 from oracles import exact, loss_and_grad
+from paths import ROOT, SUPPORT
 from simt_cases import CASES
 
 from oe_ext import outlier_exposure_loss
@@ -91,7 +92,7 @@ def test_no_kernel_computes_an_offset_in_int():
         "num_partials", "num_counts", "num_sums",  # at most kMaxBlocks
     }  # fmt: skip
     found = set()
-    for path in (simt_device.ROOT / "csrc" / "cuda").glob("*.cuh"):
+    for path in (ROOT / "csrc" / "cuda").glob("*.cuh"):
         code = re.sub(r"//.*", "", path.read_text())
         assert not re.search(r"\b(unsigned|uint32_t|int32_t)\s+\w+\s*=[^;]*\bblockIdx", code)
         found |= set(re.findall(r"\bint\s+(\w+)", code))
@@ -101,7 +102,7 @@ def test_no_kernel_computes_an_offset_in_int():
 
 def test_the_launcher_knows_the_launch_bounds():
     """The harness checks what the launcher says; it says what nvcc reads beside each kernel."""
-    cuda = simt_device.ROOT / "csrc" / "cuda"
+    cuda = ROOT / "csrc" / "cuda"
     kernels = "".join(path.read_text() for path in cuda.glob("*.cuh"))
     declared = re.findall(r"__launch_bounds__\((\w+), kMinBlocks\)\s+(\w+_kernel)\(", kernels)
     assert len(declared) == kernels.count("__global__ ") > 5
@@ -113,7 +114,7 @@ def test_the_launcher_knows_the_launch_bounds():
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": programs.python_path(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": programs.python_path(SUPPORT)}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
@@ -181,7 +182,7 @@ def test_every_line_of_the_kernels_is_executed(tmp_path, record_property):
     """Of the kernels and launchers, in each of the four dtypes."""
     library = tmp_path / "kernels.so"
     flags = ["-O0", "--coverage", "-fvisibility=hidden", "-fno-gnu-unique"]
-    simt_device.compile_kernels(simt_device.ROOT, library, flags)
+    simt_device.compile_kernels(ROOT, library, flags)
     result = run_python(f"""
 import simt_cases, simt_device
 from pathlib import Path

@@ -13,10 +13,10 @@ import pytest
 import torch
 from inputs import LAYOUTS, REDUCTIONS, make_logits, make_target
 from oracles import exact, loss_and_grad, max_error
+from paths import ROOT
 
 from oe_ext import _ext, collect_env, outlier_exposure_loss
 
-ROOT = Path(__file__).resolve().parent.parent
 LEVELS = ["DEFAULT", "AVX2", "AVX512"]
 
 # Around the lanes of a vector (2 to 16), the rows of a tile (256), and the classes from which on

@@ -12,13 +12,13 @@ from pathlib import Path
 import optional
 import pytest
 import torch.utils.cpp_extension
+from paths import ROOT
 
 import oe_ext
 
 Sybil = optional.module("sybil").Sybil
 PythonCodeBlockParser = optional.module("sybil.parsers.markdown").PythonCodeBlockParser
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("bench/*.md")]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 README = (ROOT / "README.md").read_text()

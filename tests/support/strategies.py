@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from inputs import CLASS_COUNTS, DTYPES, INT_DTYPES, REDUCTIONS
 from torch import Tensor
@@ -133,6 +134,11 @@ class Case:
         if self.upstream == "strided":
             return normal((*loss.shape, 2))[..., 0]
         return normal(tuple(loss.shape))
+
+
+def examples(per_thousand: int) -> settings:
+    """This share of all examples, of which a run's profile says how many there are."""
+    return settings(max_examples=max(1, settings().max_examples * per_thousand // 1000))
 
 
 def kind_of(label: int, num_classes: int, ignore_index: int | None, ood_index: int | None) -> str:

@@ -1,13 +1,12 @@
 """What is written in two places, for those who read only one, says the same in both."""
 
 import re
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import oe_ext
 
-ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import IGNORE, REDUCTIONS
-from test_properties import examples
+from strategies import examples
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 

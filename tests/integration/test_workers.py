@@ -13,6 +13,7 @@ import programs
 import pytest
 import torch
 from inputs import make_logits, make_target
+from paths import SUPPORT
 
 from oe_ext import OutlierExposureLoss, outlier_exposure_loss
 
@@ -116,7 +117,7 @@ def run_child(tmp_path: Path, method: str, threads: int, timeout: int) -> str:
         text=True,
         check=False,
         timeout=2 * TIMEOUT,
-        env={**os.environ, "PYTHONPATH": programs.python_path(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": programs.python_path(Path(__file__).parent, SUPPORT)},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

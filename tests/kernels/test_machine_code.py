@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench" / "cuda"))
+sys.path.insert(0, str(ROOT / "bench" / "cuda"))
 import machine_code
 
 pytestmark = [

@@ -6,15 +6,15 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import optional
 import pytest
 import torch
 import torch.nn.functional as F
+from paths import ROOT
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench" / "cuda"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+sys.path.insert(0, str(ROOT / "bench" / "cuda"))
+sys.path.insert(0, str(ROOT / "bench"))
 import events
 import results
 import speed

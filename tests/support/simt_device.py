@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 HARNESS = ROOT / "tests" / "simt"
 FOLDER = ROOT / "build" / f"simt-torch-{torch.__version__}"
 # The runtime and the operators: linked once. The kernels are a library of their own, so that

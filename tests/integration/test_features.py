@@ -1,14 +1,13 @@
 """docs/FEATURES.md: the tests that it names exist, and what it says of others holds."""
 
 import re
-from pathlib import Path
 
 import optional
 import pytest
 import torch
 import torch.nn.functional as F
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "FEATURES.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
