@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import matplotlib
 from cases import Shape
+from measured import Measured
 from results import FOLDER, MemoryRow, parse_shape
 
 matplotlib.use("Agg")
@@ -13,9 +12,6 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
-
-if TYPE_CHECKING:
-    from report import Measured
 
 # Okabe and Ito's palette, told apart by readers of all kinds of colour vision.
 COLORS = {

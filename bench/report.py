@@ -10,41 +10,13 @@ from pathlib import Path
 
 import traffic
 from cases import GOALS
+from measured import Measured, group_cases
 from results import AVX2_CSV, MEMORY_CSV, ROOT, TIMES_CSV, MemoryRow, TimeRow, parse_shape, read
 
 PAGE = ROOT / "bench" / "RESULTS.md"
 README = ROOT / "README.md"
 
 OTHERS = ("dtypes", "layouts", "targets", "reductions")
-
-
-class Measured:
-    """The rivals of one case, by name (and threads, where those differ)."""
-
-    def __init__(self, rows: Iterable[TimeRow]) -> None:
-        self.rows = list(rows)
-        self.case = self.rows[0]
-        self.shape = parse_shape(self.case.shape)
-
-    def find(self, rival: str, threads: int | None = None) -> TimeRow | None:
-        wanted = (row for row in self.rows if row.rival == rival)
-        return next((row for row in wanted if threads in (None, row.threads)), None)
-
-    def over_ours(self, rival: str) -> float | None:
-        row = self.find(rival)
-        return row.ratio if row else None
-
-    def ours_over(self, rival: str) -> float | None:
-        ratio = self.over_ours(rival)
-        return 1 / ratio if ratio else None
-
-
-def group_cases(rows: list[TimeRow]) -> list[Measured]:
-    def key(row: TimeRow) -> tuple[str, ...]:
-        kind = (row.target_dtype, row.reduction, row.direction)
-        return (row.section, row.shape, row.dtype, row.layout, *kind)
-
-    return [Measured(group) for _, group in groupby(rows, key)]
 
 
 def number(value: float | None) -> str:
@@ -258,7 +230,7 @@ def rewrite(path: Path, section: str, text: str) -> None:
 
 def write_pages() -> None:
     """Rewrites the tables and the plots."""
-    import plots
+    import plots  # needs matplotlib, which those who print a table may lack
 
     facts, rows = read(TIMES_CSV, TimeRow)
     cases = group_cases(rows)

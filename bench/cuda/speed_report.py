@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from report import Measured, case_bytes, group_cases, markdown, number, spread, variant
+from measured import Measured, group_cases
+from report import case_bytes, markdown, number, spread, variant
 from results import CudaRow
 
 PAGE = """# The loss on a GPU
