@@ -1,7 +1,7 @@
 """The CUDA kernels and launchers, executed and race-checked on the CPU.
 
 Small cases take every way through them; simt_cases.py says what each must satisfy: no finding of
-the harness, values and gradients within the budget, DESIGN's passes and launches.
+the harness, values and gradients within the budget, no more passes and launches than are promised.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ LAYOUTS = {
     "one class": _one_class,
     "cropped": _cropped,
 }
-# Those that DESIGN promises to read without a copy.
+# Those that are read without a copy.
 UNCOPIED_LAYOUTS = ["contiguous", "channels_last", "sliced", "strided", "expanded", "one class"]
 
 

@@ -231,7 +231,7 @@ def compare(check: str, actual: Tensor, expected: Tensor, tolerance: float) -> N
 
 
 def allowed_passes(case: Case) -> int:
-    """DESIGN, section 3."""
+    """How often all logits, or their gradients, may be read or written."""
     if case.reduction == "none" or (case.dtype == torch.float16 and not case.direct):
         return 3
     again = 2 if case.upstream != 1.0 or case.retain else 0
@@ -239,7 +239,7 @@ def allowed_passes(case: Case) -> int:
 
 
 def check_traffic(case: Case, launches: list[dict[str, Any]], logits: Tensor) -> None:
-    """The budgets of DESIGN section 3, and how the accesses coalesce."""
+    """How many launches and passes there are, and how their accesses coalesce."""
     if len(launches) > 4:
         raise CheckError("launches", f"{len(launches)} of them: {[r['kernel'] for r in launches]}")
     if not case.counted:
