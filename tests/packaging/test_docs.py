@@ -19,7 +19,9 @@ import oe_ext
 Sybil = optional.module("sybil").Sybil
 PythonCodeBlockParser = optional.module("sybil.parsers.markdown").PythonCodeBlockParser
 
+TESTS = ROOT / "tests" / "README.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("bench/*.md")]
+PAGES += [TESTS]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 README = (ROOT / "README.md").read_text()
 
@@ -77,6 +79,15 @@ def test_files_exist(page):
         if found and not (ROOT / found[1]).exists():
             missing.append(found[1])
     assert missing == []
+
+
+def test_every_test_has_a_row():
+    """Each file of tests, and each helper, is linked on the page that says what they are for."""
+    links = {TESTS.parent / link for link in re.findall(r"\]\(([^)#]+)", TESTS.read_text())}
+    patterns = ("*/test_*.py", "support/*.py", "cpp/*_test.cpp")
+    files = {path for pattern in patterns for path in TESTS.parent.glob(pattern)}
+    assert len(files) > 50
+    assert sorted(files - links) == []
 
 
 # Read by others than us: what they do is theirs.
