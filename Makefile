@@ -16,6 +16,7 @@ INSTALLED := $(VENV)/installed-torch-$(TORCH)
 PARALLEL := -n $(JOBS) --dist worksteal
 CUDA_TOOLS := $(VENV)/cuda-tools
 RELEASE_TOOLS := $(VENV)/release-tools
+DOCS_TOOLS := $(VENV)/docs-tools
 apt_install = test -f $(1) || (apt-get update -qq && apt-get install -y -qq $(2))
 else ifeq ($(ENV),current)
 PY := $(shell command -v $(PYTHON) 2> /dev/null)
@@ -24,6 +25,7 @@ INSTALLED := build/checked-current
 PARALLEL := $(shell $(PY) -c "import xdist" 2> /dev/null && echo ' -n $(JOBS) --dist worksteal')
 CUDA_TOOLS :=
 RELEASE_TOOLS :=
+DOCS_TOOLS :=
 apt_install = test -f $(1) || { echo "ENV=current installs nothing, and $(2) is missing"; exit 1; }
 export PYTHONPATH := $(CURDIR)$(addprefix :,$(PYTHONPATH))
 # A test whose optional package is missing is skipped, here and nowhere else.
@@ -43,7 +45,7 @@ test_files = $(foreach name,$(1),$(or $(wildcard tests/*/test_$(name).py),$(erro
 .PHONY: demo test fuzz test-scale test-cpp test-sanitizers test-aarch64 test-asan-python \
         test-levels test-packaging test-mutants test-nvcc test-jit-cuda test-torches \
         test-compilers test-cuda test-pythons bench bench-cuda instructions ptx sass-report \
-        cuda-model lint format build dist clean
+        cuda-model lint format docs build dist clean
 
 demo: $(BUILT)  ## train on real data, with and without Outlier Exposure
 	$(PY) examples/train_digits.py $(ARGS)
@@ -200,6 +202,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff format
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
+# -E: what a page includes, or an option of docs/conf.py, may have changed.
+docs: $(BUILT) $(DOCS_TOOLS)  ## the pages of docs/ and the API reference, in build/docs; warnings are errors
+	$(PY) -m sphinx -q -E -W --keep-going -d build/doctrees docs build/docs
+
 build: $(BUILT)  ## compile what has changed
 
 # For the torch that is here. The wheel is built from what the sdist holds.
@@ -231,6 +237,10 @@ $(CUDA_TOOLS): | $(INSTALLED)
 
 $(RELEASE_TOOLS): pyproject.toml | $(INSTALLED)
 	OE_EXT_DEFER_BUILD=1 $(PY) -m pip install -q --no-build-isolation -e ".[release]"
+	touch $@
+
+$(DOCS_TOOLS): pyproject.toml | $(INSTALLED)
+	OE_EXT_DEFER_BUILD=1 $(PY) -m pip install -q --no-build-isolation -e ".[docs]"
 	touch $@
 
 $(INSTALLED): pyproject.toml

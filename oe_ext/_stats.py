@@ -55,9 +55,9 @@ class LossStats(NamedTuple):
 class LossScores(NamedTuple):
     """Of each position: tensors of the shape of target, detached; NaN where it is ignored."""
 
-    #: The largest softmax probability: low for outliers. NaN where there is no softmax.
+    #: The largest softmax probability, low for outliers. NaN where there is no softmax.
     max_softmax: Tensor
-    #: -logsumexp of the logits: high for outliers (Liu et al., NeurIPS 2020).
+    #: -logsumexp of the logits, high for outliers (Liu et al., NeurIPS 2020).
     energy: Tensor
 
 

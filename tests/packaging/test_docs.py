@@ -24,6 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("
 PAGES += [TESTS]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
 
 
 def bash_of(page: Path) -> str:
@@ -145,3 +146,22 @@ def test_signatures_are_the_codes(name, function):
         actual.append(parameter.name + suffix)
     for parameters in shown:
         assert parameters == actual[: len(parameters)]
+
+
+def test_the_reference_has_every_public_name():
+    """Of some modules Sphinx takes all that they export; of the package, each by its name."""
+    modules = re.findall(r"^\.\. automodule:: (\S+)\n   :members:$", API, re.M)
+    assert set(modules) == {"oe_ext.distributed", "oe_ext.reference"}
+    shown = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", API, re.M)
+    assert set(shown) == set(oe_ext.__all__) - {"__version__"}
+
+
+def test_the_schemas_are_the_codes():
+    operator = torch.ops.oe_ext.outlier_exposure_loss
+    shown = [
+        " ".join(text.split()) for text in re.findall(r"^(oe_ext::.*?-> Tensor)$", API, re.M | re.S)
+    ]
+    actual = [str(getattr(operator, name)._schema) for name in ("default", "tensor_alpha")]
+    assert [schema.replace('"', "'") for schema in shown] == [
+        schema.replace('"', "'") for schema in actual
+    ]
