@@ -8,6 +8,8 @@ ENV    ?= venv
 ARGS   ?=
 # Processes that the tests run in.
 JOBS   ?= 2
+# What installs Debian's packages: nothing if you are root, else "make test-cpp SUDO=sudo".
+SUDO   ?=
 
 ifeq ($(ENV),venv)
 PY := $(VENV)/bin/python
@@ -17,7 +19,7 @@ PARALLEL := -n $(JOBS) --dist worksteal
 CUDA_TOOLS := $(VENV)/cuda-tools
 RELEASE_TOOLS := $(VENV)/release-tools
 DOCS_TOOLS := $(VENV)/docs-tools
-apt_install = test -f $(1) || (apt-get update -qq && apt-get install -y -qq $(2))
+apt_install = test -f $(1) || ($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq $(2))
 else ifeq ($(ENV),current)
 PY := $(shell command -v $(PYTHON) 2> /dev/null)
 BUILT := build/built-for-current-torch-$(shell $(PY) -c "import torch; print(torch.__version__)")
