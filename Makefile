@@ -47,7 +47,7 @@ test_files = $(foreach name,$(1),$(or $(wildcard tests/*/test_$(name).py),$(erro
 .PHONY: demo test fuzz test-scale test-cpp test-sanitizers test-aarch64 test-asan-python \
         test-levels test-packaging test-mutants test-nvcc test-jit-cuda test-torches \
         test-compilers test-cuda test-pythons bench bench-cuda instructions ptx sass-report \
-        cuda-model lint format docs build dist clean
+        cuda-model lint format docs build dist wheels clean
 
 demo: $(BUILT)  ## train on real data, with and without Outlier Exposure
 	$(PY) examples/train_digits.py $(ARGS)
@@ -198,6 +198,7 @@ lint: $(INSTALLED)  ## nothing is changed
 	$(BIN)/ruff format --check
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
@@ -218,6 +219,10 @@ dist: $(BUILT) $(RELEASE_TOOLS)  ## an sdist and a wheel, checked
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
 	$(BIN)/auditwheel show dist/*.whl
+
+# From the sdist, so that no environment of the checkout is copied into the containers.
+wheels: dist  ## a wheel for each Python, built in containers, in build/wheels; needs Docker
+	$(BIN)/cibuildwheel --platform linux --output-dir build/wheels dist/*.tar.gz
 
 # The editable install compiles nothing; in place, an edit compiles what it changes. There is one
 # place for the library, so what another environment has left there goes first.

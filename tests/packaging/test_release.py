@@ -1,13 +1,27 @@
 """What is written in two places, for those who read only one, says the same in both."""
 
 import re
+from pathlib import Path
+from typing import Any
 
+import optional
 import pytest
 from paths import ROOT
 
 import oe_ext
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def makefile(variable: str) -> list[str]:
+    """The words of a variable."""
+    return re.search(rf"^{variable} +\?= (.*)", MAKEFILE, re.MULTILINE)[1].split()
+
+
+def read_yaml(path: Path) -> Any:
+    return optional.module("yaml").safe_load(path.read_text())
 
 
 def test_the_changelog_begins_with_this_version():
@@ -26,15 +40,44 @@ def test_the_pythons():
     wheels = re.search(r"^build = \"(.*)\"", PYPROJECT, re.MULTILINE)[1].split()
     assert wheels == [f"cp{version.replace('.', '')}-*" for version in classifiers]
     assert f'requires-python = ">={classifiers[0]}"' in PYPROJECT
-    pythons = re.search(r"^PYTHONS \?= (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    assert pythons.split() == [f"python{version}" for version in classifiers]
+    assert makefile("PYTHONS") == [f"python{version}" for version in classifiers]
 
 
 @pytest.mark.parametrize("package", ["torch", "setuptools", "ninja", "pybind11"])
 def test_wheels_are_built_as_the_makefile_builds(package):
-    makefile = (ROOT / "Makefile").read_text()
-    torch = re.search(r"^TORCH +\?= (\S+)", makefile, re.MULTILINE)[1]
+    (torch,) = makefile("TORCH")
     requirement = re.compile(rf"\b{package}\b[=>0-9.]*")
-    installed = re.search(r"pip install -q (torch==.*)", makefile)[1].replace("$(TORCH)", torch)
+    installed = re.search(r"pip install -q (torch==.*)", MAKEFILE)[1].replace("$(TORCH)", torch)
     before_build = re.search(r"^before-build = \"(.*)\"", PYPROJECT, re.MULTILINE)[1]
     assert requirement.search(before_build)[0] == requirement.search(installed)[0]
+
+
+def test_github_tests_the_promised_pythons_and_torches():
+    """Every Python with the default torch, and every torch with one of the Pythons."""
+    matrix = read_yaml(ROOT / ".github/workflows/tests.yml")["jobs"]["test"]["strategy"]["matrix"]
+    assert [f"python{version}" for version in matrix["python"]] == makefile("PYTHONS")
+    assert matrix["torch"] == makefile("TORCH")
+    others = matrix["include"]
+    assert {row["python"] for row in others} <= set(matrix["python"])
+    assert sorted(matrix["torch"] + [row["torch"] for row in others]) == sorted(makefile("TORCHES"))
+
+
+def test_there_are_workflows():
+    assert {path.name for path in WORKFLOWS} >= {"tests.yml", "wheels.yml"}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_run_make_targets_and_nothing_else(path):
+    workflow = read_yaml(path)
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] > 0
+        steps = job["steps"]
+        assert any("run" in step for step in steps)
+        for step in steps:
+            if "uses" in step:
+                assert re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"])
+                continue
+            target = re.fullmatch(r"make ([a-z-]+)( [A-Z]+=\S+)*", step["run"])
+            assert target, step["run"]
+            assert re.search(rf"^{target[1]}:", MAKEFILE, re.MULTILINE), target[1]
