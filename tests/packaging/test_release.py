@@ -81,3 +81,16 @@ def test_workflows_run_make_targets_and_nothing_else(path):
             target = re.fullmatch(r"make ([a-z-]+)( [A-Z]+=\S+)*", step["run"])
             assert target, step["run"]
             assert re.search(rf"^{target[1]}:", MAKEFILE, re.MULTILINE), target[1]
+
+
+def test_pre_commit_has_the_versions_of_make_lint():
+    """And takes nothing from elsewhere."""
+    repositories = read_yaml(ROOT / ".pre-commit-config.yaml")["repos"]
+    assert [repository["repo"] for repository in repositories] == ["local"]
+    hooks = repositories[0]["hooks"]
+    lint = re.findall(r"\"(.*?)\"", re.search(r"^lint = \[(.*)\]", PYPROJECT, re.MULTILINE)[1])
+    assert len(lint) >= 4
+    assert {one for hook in hooks for one in hook["additional_dependencies"]} == set(lint)
+    for hook in hooks:
+        (requirement,) = hook["additional_dependencies"]
+        assert hook["entry"].split()[0] == requirement.partition("==")[0]
