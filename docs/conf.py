@@ -33,6 +33,7 @@ nitpick_ignore_regex = [("py:.*", r"torch\..*")]
 # Files outside this folder, and the page here that includes each.
 INCLUDED = {
     ROOT / "README.md": "index.md",
+    ROOT / "CONTRIBUTING.md": "contributing.md",
     ROOT / "CHANGELOG.md": "changelog.md",
     ROOT / "bench" / "RESULTS.md": "benchmarks.md",
     ROOT / "bench" / "CUDA.md": "cuda.md",

@@ -20,11 +20,17 @@ Sybil = optional.module("sybil").Sybil
 PythonCodeBlockParser = optional.module("sybil.parsers.markdown").PythonCodeBlockParser
 
 TESTS = ROOT / "tests" / "README.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("bench/*.md")]
-PAGES += [TESTS]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "bench").glob("*.md")),
+    TESTS,
+]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
 
 
 def bash_of(page: Path) -> str:
@@ -37,7 +43,8 @@ def python_blocks(page: Path) -> list:
 
 def test_there_are_blocks_to_run():
     assert len(python_blocks(ROOT / "README.md")) >= 1
-    assert len(re.findall(r"\bmake [a-z]", bash_of(ROOT / "README.md"))) > 10
+    for name in ("README.md", "CONTRIBUTING.md"):
+        assert len(re.findall(r"\bmake [a-z]", bash_of(ROOT / name))) >= 2
 
 
 @EACH_PAGE
@@ -62,10 +69,17 @@ def test_python_runs(page, tmp_path):
 
 @EACH_PAGE
 def test_make_targets_exist(page):
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.M))
     assert "test" in targets
     text = bash_of(page) + "\n" + "\n".join(re.findall(r"`([^`\n]+)`", page.read_text()))
     assert set(re.findall(r"^make ([a-z][a-z0-9-]*)", text, re.M)) <= targets
+
+
+def test_contributing_names_every_make_target():
+    targets = set(re.search(r"^\.PHONY: ((?:.*\\\n)*.*)", MAKEFILE, re.M)[1].split()) - {"\\"}
+    assert {"test", "docs"} <= targets
+    named = set(re.findall(r"\bmake ([a-z][a-z0-9-]*)", CONTRIBUTING))
+    assert targets - named == set()
 
 
 @EACH_PAGE
@@ -74,7 +88,7 @@ def test_files_exist(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     missing = [link for link in links if not (page.parent / link).exists()]
     code = bash_of(page).split() + re.findall(r"`([^`\n]+)`", page.read_text())
-    folders = "csrc|oe_ext|tests|bench|examples|docs|cmake|\\.ci"
+    folders = "csrc|oe_ext|tests|bench|examples|docs|cmake|\\.github"
     for word in code:
         found = re.fullmatch(rf"((?:{folders})/[\w./-]*\w)(?:::\w+)?", word)
         if found and not (ROOT / found[1]).exists():
