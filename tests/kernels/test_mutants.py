@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 import simt_cases
 import simt_device
+import simt_runs
 import torch
-from mutants import MUTANTS, Mutant
+from mutants import MUTANTS_OF_WORK, Mutant
+from mutants_of_meaning import MUTANTS_OF_MEANING
 from paths import ROOT
 
 pytestmark = pytest.mark.mutants
+
+MUTANTS = MUTANTS_OF_WORK + MUTANTS_OF_MEANING
 
 SEEDS = (1, 2, 3)
 # The wrong copies are compiled for two dtypes: every way is in both.
@@ -64,8 +68,8 @@ def killer(library: Path) -> str | None:
         for seed in SEEDS:
             for number in NUMBERS:
                 try:
-                    simt_cases.run(number, seed)
-                except simt_cases.CheckError as error:
+                    simt_runs.run(number, seed)
+                except simt_runs.CheckError as error:
                     return f"{error}  [{simt_cases.CASES[number]}, seed {seed}]"
     finally:
         simt_device.use_kernels(simt_device.FOLDER / "kernels.so")

@@ -1,6 +1,6 @@
 """The CUDA kernels and launchers, executed and race-checked on the CPU.
 
-Small cases take every way through them; simt_cases.py says what each must satisfy: no finding of
+Small cases take every way through them; simt_runs.py says what each must satisfy: no finding of
 the harness, values and gradients within the budget, no more passes and launches than are promised.
 """
 
@@ -17,6 +17,7 @@ import programs
 import pytest
 import simt_cases
 import simt_device
+import simt_runs
 import torch
 from inputs import make_logits, make_target
 from oracles import exact, loss_and_grad
@@ -30,9 +31,9 @@ SEEDS = range(1, 22)
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_no_findings_and_the_same_bits_under_every_schedule(number):
-    first = simt_cases.run(number, SEEDS[0])
+    first = simt_runs.run(number, SEEDS[0])
     for seed in SEEDS[1:]:
-        again = simt_cases.execute(CASES[number], seed)
+        again = simt_runs.execute(CASES[number], seed)
         for actual, expected in zip(
             (again.loss, *again.grads), (first.loss, *first.grads), strict=True
         ):
@@ -184,12 +185,12 @@ def test_every_line_of_the_kernels_is_executed(tmp_path, record_property):
     flags = ["-O0", "--coverage", "-fvisibility=hidden", "-fno-gnu-unique"]
     simt_device.compile_kernels(ROOT, library, flags)
     result = run_python(f"""
-import simt_cases, simt_device
+import simt_cases, simt_device, simt_runs
 from pathlib import Path
 simt_device.load()
 simt_device.use_kernels(Path({str(library)!r}))
 for case in simt_cases.CASES:
-    simt_cases.execute(case, 1)
+    simt_runs.execute(case, 1)
 """)
     assert result.returncode == 0, result.stderr
     counts = executed_lines(library)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from simt_cases import ARITHMETIC
+from simt_runs import ARITHMETIC
 from strategies import Case, Inputs
 from torch import Tensor
 

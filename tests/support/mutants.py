@@ -1,4 +1,5 @@
-"""Deliberate bugs in the CUDA kernels and launchers.
+"""Deliberate bugs in the CUDA kernels and launchers: how work is split, synchronised and launched.
+mutants_of_meaning.py has those in what is computed.
 
 Each is a text that occurs once in its file and what replaces it. None is in any build but the one
 that the tests make, to see it die.
@@ -27,7 +28,7 @@ MATHS = "csrc/core/row_math.h"
 LABELS = "csrc/core/labels.h"
 REDUCTION = "csrc/core/reduction.h"
 
-MUTANTS = [
+MUTANTS_OF_WORK = [
     # Synchronisation and shared memory
     Mutant(
         "merge_block: no barrier before the results are read",
@@ -306,72 +307,5 @@ MUTANTS = [
         LAUNCH,
         "threads = lanes = kMaxRowsThreads;",
         "threads = lanes = 2 * kMaxRowsThreads;",
-    ),
-    # Meaning
-    Mutant(
-        "the maximum is not subtracted",
-        ROWS,
-        "auto block = RowStats<acc_t>::with_max(max);",
-        "auto block = RowStats<acc_t>::with_max(acc_t(0));",
-    ),
-    Mutant(
-        "the uniform term is dropped",
-        MATHS,
-        "select(has_uniform, scale * row.uniform / num_classes, acc_t(0)),",
-        "acc_t(0),",
-    ),
-    Mutant(
-        "the label's exponential is as any other",
-        MATHS,
-        "cls == label ? exp_shifted - coefficients.at_label : exp_shifted;",
-        "exp_shifted;",
-    ),
-    Mutant(
-        "alpha weighs the inliers",
-        ARGS,
-        "weight_of(inlier, outlier, outlier ? alpha[row] : acc_t(0));",
-        "weight_of(outlier, inlier, inlier ? alpha[row] : acc_t(0));",
-    ),
-    Mutant(
-        "outliers are looked for before ignored rows",
-        LABELS,
-        "return has_ignore_index & (label == ignore_index);",
-        "return has_ignore_index & (label == ignore_index) & (label >= 0);",
-    ),
-    Mutant(
-        "the mean counts the inliers alone",
-        REDUCTION,
-        "(by_outliers ? num_outliers : 0);",
-        "0;",
-    ),
-    Mutant(
-        "the groups' means share a count",
-        ARGS,
-        "kind == RowKind::kOutlier ? divisors.outliers : divisors.inliers);",
-        "divisors.outliers);",
-    ),
-    Mutant(
-        "rows that do not count leave what was there",
-        PIXELS,
-        "        store_vector(grad + grad_layout.class_offset(cls), result);",
-        "        if (any_active) store_vector(grad + grad_layout.class_offset(cls), result);",
-    ),
-    Mutant(
-        "the backward takes every upstream gradient for 1",
-        ARGS,
-        "return has_unit_gradient && grad[0] == acc_t(1); }",
-        "return has_unit_gradient; }",
-    ),
-    Mutant(
-        "the backward never finds itself done",
-        ARGS,
-        "return has_unit_gradient && grad[0] == acc_t(1); }",
-        "return false; }",
-    ),
-    Mutant(
-        "the upstream gradient is the first row's",
-        DEVICE,
-        "args.row_sum_exp[row], args.grad[row], divisors);",
-        "args.row_sum_exp[row], args.grad[0], divisors);",
     ),
 ]

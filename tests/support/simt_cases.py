@@ -1,34 +1,15 @@
-"""Small cases that together take every way through the CUDA kernels and launchers, and the checks
-that each must pass. The real kernels pass all of them under many schedules; each deliberately wrong
-copy of them must fail one.
-"""
+"""Small cases that together take every way through the CUDA kernels and launchers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
-import simt_device
 import torch
 from inputs import IGNORE, LAYOUTS, make_logits, make_target
 from torch import Tensor
 
-from oe_ext import outlier_exposure_loss, reference
-
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# Errors allowed relative to the largest value: a few roundings of the arithmetic, then the one of
-# the gradient's own dtype.
-ARITHMETIC = {torch.float64: 2e-15, torch.float32: 4e-7}
-STORED = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-
-
-class CheckError(AssertionError):
-    """What a check found: which one, and what."""
-
-    def __init__(self, check: str, what: str):
-        super().__init__(f"{check}: {what}")
-        self.check = check
 
 
 @dataclass(frozen=True)
@@ -38,10 +19,12 @@ class Case:
     layout: str = "contiguous"
     reduction: str = "mean"
     mix: str = "mixed"
-    alpha: str = "number"  # "number", "zero", "scalar", "rows"
+    alpha: str = "number"  # "number", "zero", "one", "scalar", "rows"
     upstream: float | None = None  # None: a random one for each row
     direct: bool = False  # the forward operator is asked for the gradient, also in float16
     retain: bool = False  # the graph: the backward computes the gradient again
+    counts: tuple[float, float] | None = None  # what a mean divides by, where that is given
+    parts: int = 1  # the classes are cut into so many parts, each with a call of its own
     offset: float = 0.0
     poison: bool = False  # NaN in ignored rows, -inf at a class that is nobody's label
     limits: dict[str, int] = field(default_factory=dict)
@@ -55,6 +38,8 @@ class Case:
         if self.upstream != 1.0:
             parts.append(f"upstream-{self.upstream}")
         parts += [name for name in ("direct", "retain", "poison") if getattr(self, name)]
+        parts += [f"counts-{self.counts}"] if self.counts else []
+        parts += [f"parts-{self.parts}"] if self.parts > 1 else []
         parts += [f"{name}-{value}" for name, value in self.limits.items()]
         return "-".join(parts)
 
@@ -168,6 +153,17 @@ def make_cases() -> list[Case]:
         cases.append(Case(**walk, upstream=1.0, offset=1e4))
         cases.append(Case(**walk, upstream=1.0, poison=True, alpha="zero"))
         cases.append(Case(**walk, reduction="none", poison=True))
+        # counts from outside; classes in parts
+        cases += [
+            Case(**walk, dtype=dtype, upstream=1.0, reduction=reduction, counts=(7.5, 4))
+            for dtype in DTYPES[:2]
+            for reduction in ("mean", "group_mean")
+        ]
+    cases += [
+        Case(shape, dtype, reduction="none", alpha="one", parts=3, counted=False)
+        for dtype in DTYPES[:2]
+        for shape in [(37, 10), (9, 64), (5, 1100), (2, 5, 3, 7), (1, 48, 4, 8)]
+    ]
     cases += [
         # more rows than one block counts
         Case((5000, 2), upstream=1.0, reduction="group_mean"),
@@ -193,8 +189,9 @@ def make_cases() -> list[Case]:
 
 
 def make_alpha(case: Case, target: Tensor) -> Any:
-    if case.alpha in ("number", "zero"):
-        return 0.7 if case.alpha == "number" else 0.0
+    numbers = {"number": 0.7, "zero": 0.0, "one": 1.0}
+    if case.alpha in numbers:
+        return numbers[case.alpha]
     if case.alpha == "scalar":
         return torch.tensor(0.7, requires_grad=True)
     alpha = torch.rand(target.shape)
@@ -212,137 +209,6 @@ def make_inputs(case: Case) -> tuple[Tensor, Tensor, Any]:
         unused = (target != 0) & (target >= 0)
         logits[:, 0] = logits[:, 0].masked_fill(unused, float("-inf"))
     return MAKE_LAYOUT[case.layout](logits), target, make_alpha(case, target)
-
-
-def compare(check: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    actual, expected = actual.double(), expected.double()
-    if not torch.equal(actual.isfinite(), expected.isfinite()):
-        raise CheckError(check, "not finite where it should be, or the reverse")
-    finite = expected.isfinite()
-    if not torch.equal(actual[~finite].isnan(), expected[~finite].isnan()):
-        raise CheckError(check, "inf and NaN are not where they should be")
-    actual, expected = actual[finite], expected[finite]
-    if actual.numel() == 0:
-        return
-    scale = expected.abs().max().item() if check != "value" else max(1.0, expected.abs().max())
-    error = (actual - expected).abs().max().item()
-    if error > tolerance * scale:
-        raise CheckError(check, f"off by {error:.2e}, allowed {tolerance * scale:.2e}")
-
-
-def allowed_passes(case: Case) -> int:
-    """How often all logits, or their gradients, may be read or written."""
-    if case.reduction == "none" or (case.dtype == torch.float16 and not case.direct):
-        return 3
-    again = 2 if case.upstream != 1.0 or case.retain else 0
-    return 2 + again + case.reads_twice
-
-
-def check_traffic(case: Case, launches: list[dict[str, Any]], logits: Tensor) -> None:
-    """How many launches and passes there are, and how their accesses coalesce."""
-    if len(launches) > 4:
-        raise CheckError("launches", f"{len(launches)} of them: {[r['kernel'] for r in launches]}")
-    if not case.counted:
-        return
-    moved = [r[kind] for r in launches for kind in ("reads", "writes")]
-    of_logits = [m[name] for m in moved for name in ("logits", "grad_logits") if name in m]
-    # Beside its passes, a forward reads each row's logit at the label once more.
-    budget = allowed_passes(case) * logits.nbytes + logits.nbytes / case.shape[1]
-    total = sum(traffic["bytes"] for traffic in of_logits)
-    if total > budget:
-        raise CheckError(
-            "passes", f"{total / logits.nbytes:.3f}, budget {budget / logits.nbytes:.3f}"
-        )
-    if case.wide:
-        narrow = total - sum(traffic["wide_bytes"] for traffic in of_logits)
-        if narrow > logits.nbytes / case.shape[1]:
-            raise CheckError("width", f"{narrow} bytes were not moved 16 at a time")
-        for name in ("logits", "grad_logits"):
-            traffic = [m[name] for m in moved if name in m]
-            wide_sectors = sum(t["sectors"] for t in traffic)
-            least = sum(t["bytes"] for t in traffic) / 32
-            # Each single logit at a label is a sector of its own.
-            if wide_sectors > 1.35 * least + logits.numel() / case.shape[1] + 8:
-                raise CheckError("sectors", f"{name}: {wide_sectors} where {least:.0f} would do")
-
-
-@dataclass(frozen=True)
-class Result:
-    loss: Tensor
-    grads: tuple[Tensor, ...]  # of the logits, and of alpha where it is a tensor
-    launches: list[dict[str, Any]]
-
-
-def _options(case: Case) -> dict[str, Any]:
-    return {"reduction": case.reduction, "ignore_index": IGNORE}
-
-
-def _weight(case: Case, target: Tensor) -> Tensor:
-    """The upstream gradient."""
-    torch.default_generator.manual_seed(2)
-    weight = torch.rand(target.shape) if case.upstream is None else torch.tensor(case.upstream)
-    return weight.to(torch.promote_types(case.dtype, torch.float32))
-
-
-def execute(case: Case, seed: int, *, counting: bool = False) -> Result:
-    """Runs the kernels under one schedule; what the harness finds is an error."""
-    logits, target, alpha = make_inputs(case)
-    weight = _weight(case, target)
-    leaves = [logits.detach().requires_grad_()]
-    if isinstance(alpha, Tensor):
-        leaves.append(alpha)
-    simt_device.load()
-    simt_device.set_seed(seed)
-    ops = torch.ops.oe_ext
-    try:
-        with (
-            simt_device.limits(**case.limits),
-            simt_device.active(),
-            simt_device.counting(counting) as launches,
-        ):
-            if case.direct:
-                options = (alpha, None, case.reduction, IGNORE, None)
-                loss, _, *statistics, grad = ops._outlier_exposure_loss_forward(
-                    logits, target, *options, True
-                )
-                ops._outlier_exposure_loss_backward_from_unit(
-                    grad, weight, logits, target, *statistics, *options
-                )
-                grads = (grad,)
-            else:
-                loss = outlier_exposure_loss(leaves[0], target, alpha, **_options(case))
-                grads = torch.autograd.grad(loss, leaves, weight, retain_graph=case.retain)
-    except RuntimeError as error:
-        raise CheckError("harness", str(error).split("\n")[0]) from error
-    return Result(loss.detach(), grads, launches)
-
-
-@cache
-def truth(number: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss and the gradients of a case in float64, from the reference."""
-    case = CASES[number]
-    logits, target, alpha = make_inputs(case)
-    logits = logits.double().requires_grad_()
-    leaves = [logits]
-    if isinstance(alpha, Tensor):
-        alpha = alpha.detach().double().requires_grad_()
-        leaves.append(alpha)
-    loss = reference.outlier_exposure_loss(logits, target, alpha, **_options(case))
-    return loss.detach(), torch.autograd.grad(loss, leaves, _weight(case, target).double())
-
-
-def run(number: int, seed: int) -> Result:
-    """Runs a case under one schedule and checks all that is promised of it."""
-    case = CASES[number]
-    result = execute(case, seed, counting=True)
-    true_loss, true_grads = truth(number)
-    arithmetic = ARITHMETIC[result.loss.dtype] * (1 + abs(case.offset) * 0.05)
-    compare("value", result.loss, true_loss, arithmetic)
-    compare("gradient", result.grads[0], true_grads[0], 2 * arithmetic + STORED[case.dtype])
-    for actual, expected in zip(result.grads[1:], true_grads[1:], strict=True):
-        compare("alpha gradient", actual, expected, 4 * arithmetic)
-    check_traffic(case, result.launches, make_inputs(case)[0])
-    return result
 
 
 CASES = make_cases()
