@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oe_ext._checks import check_arguments
+from oe_ext._checks import as_reduction, check_arguments
 from oe_ext._reductions import reduce_rows
 from oe_ext._sums import expand
 from oe_ext.reference import inliers_and_outliers
@@ -224,7 +224,7 @@ def class_parallel_outlier_exposure_loss(
         RuntimeError: another process was given bad arguments; or ``create_graph=True`` in the
             backward: it cannot be differentiated twice.
     """
-    reduction = "none" if reduction is None else reduction
+    reduction = as_reduction(reduction, _NAME)
     error: Exception | None = None
     try:
         checked = local_logits
