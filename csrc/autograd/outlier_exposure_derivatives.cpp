@@ -29,8 +29,7 @@ at::Tensor with_classes_last(const at::Tensor& like_logits) {
 }
 
 // 1 over what a group's losses are divided by, with an axis for each of the target's: of 0-dim
-// tensors vmap asks the first sample, and there may be none. A group without members divides
-// nothing, but what it would divide by must not be 0.
+// tensors vmap asks the first sample, and there may be none.
 at::Tensor group_scale(const Divisor& divisor, const at::Tensor& counts, const at::Tensor& one,
                        int64_t num_axes) {
   if (!divisor.counts()) {

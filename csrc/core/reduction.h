@@ -31,7 +31,8 @@ struct GroupDivisors {
   double outliers = 1;
 };
 
-// The groups whose members a sum of losses is divided by; without any, it stays a sum.
+// The groups whose members a sum of losses is divided by. Without groups, or without members, it
+// stays a sum.
 struct Divisor {
   bool by_inliers = false;
   bool by_outliers = false;
@@ -39,14 +40,11 @@ struct Divisor {
   constexpr C10_HOST_DEVICE bool counts() const { return by_inliers || by_outliers; }
 
   C10_HOST_DEVICE double operator()(double num_inliers, double num_outliers) const {
-    if (!counts()) {
-      return 1;
-    }
-    return (by_inliers ? num_inliers : 0) + (by_outliers ? num_outliers : 0);
+    const double members = (by_inliers ? num_inliers : 0) + (by_outliers ? num_outliers : 0);
+    return members != 0 ? members : 1;
   }
 };
 
-// A divisor is 0 only where there is nothing to divide.
 struct DivisorRule {
   Divisor inliers;
   Divisor outliers;
@@ -107,15 +105,9 @@ struct GroupSums {
   }
 
   C10_HOST_DEVICE double divided_by(const GroupDivisors& divisors) const {
-    if (divisors.inliers == divisors.outliers) {
-      return divide(inliers + outliers, divisors.inliers);
-    }
-    return divide(inliers, divisors.inliers) + divide(outliers, divisors.outliers);
-  }
-
- private:
-  C10_HOST_DEVICE static double divide(double sum, double divisor) {
-    return divisor != 0 ? sum / divisor : 0.0;
+    return divisors.inliers == divisors.outliers
+               ? (inliers + outliers) / divisors.inliers
+               : inliers / divisors.inliers + outliers / divisors.outliers;
   }
 };
 

@@ -36,8 +36,8 @@ MUTANTS_OF_MEANING = [
     Mutant(
         "the mean counts the inliers alone",
         REDUCTION,
-        "(by_outliers ? num_outliers : 0);",
-        "0;",
+        "+ (by_outliers ? num_outliers : 0);",
+        ";",
     ),
     Mutant(
         "the groups' means share a count",
