@@ -170,7 +170,7 @@ __device__ GroupDivisors forward_divisors(const ForwardArgs<scalar_t, acc_t>& ar
 // The gradient of a row from the statistics that the forward left.
 template <typename scalar_t, typename acc_t>
 __device__ RowGradient<acc_t> backward_gradient(const BackwardArgs<scalar_t, acc_t>& args,
-                                                int64_t row, const GroupDivisors& divisors) {
+                                                int64_t row) {
   const int64_t label = args.labels[row];
   const RowKind kind = args.labels.rule.kind(label);
   const auto coefficients = args.coefficients(row, kind);
@@ -178,7 +178,7 @@ __device__ RowGradient<acc_t> backward_gradient(const BackwardArgs<scalar_t, acc
     return RowGradient<acc_t>();
   }
   return args.row_gradient(coefficients, args.class_here(label, kind), kind, args.row_max[row],
-                           args.row_sum_exp[row], args.grad[row], divisors);
+                           args.row_sum_exp[row], args.grad[row], args.divisors());
 }
 
 template <typename scalar_t>

@@ -181,12 +181,11 @@ __global__ void __launch_bounds__(kMaxPixelsThreads, kMinBlocks)
     return;
   }
   const Stage<Vector<scalar_t, kSize>> no_stage(nullptr);
-  const GroupDivisors divisors = args.divisors();
   const int64_t num_rows = args.layout.num_rows();
   for (int64_t first = grid_thread() * kSize; first < num_rows; first += grid_threads() * kSize) {
     RowGradient<acc_t> gradients[kSize];
     for (int k = 0; k < kSize; ++k) {
-      gradients[k] = backward_gradient(args, first + k, divisors);
+      gradients[k] = backward_gradient(args, first + k);
     }
     write_pixel_gradients<kSize>(gradients, args.logits + args.layout.row_offset(first),
                                  args.layout, args.grad_logits + args.grad_layout.row_offset(first),

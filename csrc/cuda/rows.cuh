@@ -228,15 +228,13 @@ __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
     return;
   }
   const Stage<Vector<scalar_t, kSize>> no_stage(nullptr);
-  const GroupDivisors divisors = args.divisors();
   const Team team(lanes);
   const RowWalk<kSize> walk(args.layout.num_classes, team);
   const int64_t num_rows = args.layout.num_rows();
   for (int64_t row = team.first_row() + team.index; row < num_rows; row += team.row_step()) {
-    write_lane_gradients<kSize>(backward_gradient(args, row, divisors),
-                                args.logits + args.layout.row_offset(row), args.layout,
-                                args.grad_logits + args.grad_layout.row_offset(row),
-                                args.grad_layout, walk, no_stage);
+    write_lane_gradients<kSize>(
+        backward_gradient(args, row), args.logits + args.layout.row_offset(row), args.layout,
+        args.grad_logits + args.grad_layout.row_offset(row), args.grad_layout, walk, no_stage);
   }
 }
 

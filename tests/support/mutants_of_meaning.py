@@ -96,7 +96,7 @@ MUTANTS_OF_MEANING = [
     Mutant(
         "the upstream gradient is the first row's",
         DEVICE,
-        "args.row_sum_exp[row], args.grad[row], divisors);",
-        "args.row_sum_exp[row], args.grad[0], divisors);",
+        "args.row_sum_exp[row], args.grad[row], args.divisors());",
+        "args.row_sum_exp[row], args.grad[0], args.divisors());",
     ),
 ]
