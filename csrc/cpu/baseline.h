@@ -1,5 +1,6 @@
-// What a file of kernels includes before it chooses an instruction set. Functions of these headers
-// are compiled for every processor of the architecture: a linker may take them from any file.
+// Every kernels_*.cpp includes this before it selects an instruction set. The functions of these
+// headers are thus compiled for every processor of the architecture: the linker may keep the copy
+// of any file.
 #pragma once
 
 #include <algorithm>
@@ -16,5 +17,5 @@
 #include <immintrin.h>  // F16C, for elementwise.h
 #endif
 
-// The kernels' own functions become part of the loops that call them.
+// Inlines the kernels' own functions into the loops that call them.
 #define OE_EXT_INLINE inline __attribute__((always_inline))

@@ -1,5 +1,5 @@
-// Functions of one number, without branches, that loops over many call: exp, log, and logits of
-// every dtype to and from the arithmetic's type.
+// Branch-free functions of one number, for vectorised loops: exp, log, and conversions of logits
+// between their dtype and the type of the arithmetic.
 #pragma once
 
 #include "baseline.h"
@@ -7,7 +7,7 @@
 namespace oe_ext::cpu {
 namespace {
 
-// Numbers and their bits.
+// The bit layout of a floating-point type, and constants of exp and log.
 template <typename T>
 struct FloatBits;
 template <>
@@ -20,7 +20,7 @@ struct FloatBits<float> {
   // ln 2 in two parts; products of the first with an exponent are exact.
   static constexpr float kLn2High = 0x1.62ep-1F;
   static constexpr float kLn2Low = 0x1.0bfbe8p-15F;
-  // exp(x) is below the smallest normal number from here on, and 0 is returned.
+  // Below this, exp(x) is less than the smallest normal number, and exp_of returns 0.
   static constexpr float kLowest = -87.5F;
   // exp(x) = 1 + x + x^2 (c[0] + c[1] x + ...) to 3e-9 on |x| <= ln 2 / 2: a minimax fit.
   static constexpr float kExp[] = {0.499999934125F, 0.166665201078F, 0.0416683942109F,
@@ -37,7 +37,7 @@ struct FloatBits<double> {
   static constexpr double kLn2High = 0x1.62e42fefa3800p-1;
   static constexpr double kLn2Low = 0x1.ef35793c76730p-45;
   static constexpr double kLowest = -708.5;
-  // As above, to 4e-18.
+  // The same fit, to 4e-18.
   static constexpr double kExp[] = {0.5000000000000010721,      0.16666666666666410235,
                                     0.041666666666529188594,    0.0083333333334956237916,
                                     0.0013888888943922639616,   0.00019841269504765356436,
@@ -49,8 +49,8 @@ struct FloatBits<double> {
 template <typename T>
 using IntOf = typename FloatBits<T>::Int;
 
-// a * b + c, rounded once where the instruction set can. By name: what a compiler makes of the
-// operators depends on its flags.
+// a * b + c, rounded once where the instruction set has FMA. Calls FMA by name: whether a compiler
+// fuses the operators depends on its flags.
 #if defined(OE_EXT_FMA) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 OE_EXT_INLINE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 OE_EXT_INLINE double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -59,7 +59,7 @@ OE_EXT_INLINE float multiply_add(float a, float b, float c) { return a * b + c; 
 OE_EXT_INLINE double multiply_add(double a, double b, double c) { return a * b + c; }
 #endif
 
-// exp(r) - 1 of |r| <= ln 2 / 2.
+// exp(r) - 1 for |r| <= ln 2 / 2.
 OE_EXT_INLINE float expm1_of_remainder(float r) {
   constexpr auto& c = FloatBits<float>::kExp;
   const float r2 = r * r;
@@ -81,13 +81,13 @@ OE_EXT_INLINE double expm1_of_remainder(double r) {
   return multiply_add(p, r * r, r);
 }
 
-// exp(x) of x <= 0, to one unit in the last place: -inf gives 0, NaN gives NaN, and a result below
-// the smallest normal number 0.
+// exp(x) for x <= 0, to one unit in the last place. -inf gives 0, NaN gives NaN, and a result below
+// the smallest normal number gives 0.
 // x = n ln 2 + r, and exp(x) = 2^n exp(r).
 template <typename T>
 OE_EXT_INLINE T exp_of(T x) {
   using Bits = FloatBits<T>;
-  // Adding 1.5 * 2^mantissa rounds to an integer, which then stands in the low bits.
+  // Adding 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits.
   constexpr T kRound = T(3) * T(int64_t(1) << (Bits::kMantissa - 1)) + T(Bits::kBias);
   const T biased = multiply_add(x, T(1.44269504088896340736), kRound);
   const T n = biased - kRound;
@@ -98,7 +98,7 @@ OE_EXT_INLINE T exp_of(T x) {
   return x < Bits::kLowest ? T(0) : result;
 }
 
-// log(x) of 0, of a positive normal number, or of NaN, to about one unit in the last place.
+// log(x) for 0, positive normal numbers and NaN, to about one unit in the last place.
 // With x = 2^e m and s = (m - 1) / (m + 1), log(m) is the series 2 (s + s^3 / 3 + s^5 / 5 + ...).
 template <typename T>
 OE_EXT_INLINE T log_of(T x) {
@@ -107,7 +107,8 @@ OE_EXT_INLINE T log_of(T x) {
   constexpr Unsigned kOne = Unsigned(Bits::kBias) << Bits::kMantissa;
   constexpr T kExact = T(int64_t(1) << Bits::kMantissa);
   const auto bits = __builtin_bit_cast(Unsigned, x);
-  // Unsigned, and made a number by its bits: few instruction sets shift or convert 64-bit integers.
+  // Unsigned, and converted to floating point by its bits: few instruction sets shift or convert
+  // 64-bit integers.
   const Unsigned biased_e = (bits - Bits::kBitsOfSqrtHalf + kOne) >> Bits::kMantissa;
   const T exponent = __builtin_bit_cast(T, biased_e | __builtin_bit_cast(Unsigned, kExact)) -
                      (kExact + T(Bits::kBias));
@@ -126,13 +127,13 @@ OE_EXT_INLINE T log_of(T x) {
   return select(x > T(0), result, of_no_number);
 }
 
-// ---- Logits as they are stored
+// ---- Conversions of stored logits
 
 OE_EXT_INLINE float to_float(c10::BFloat16 x) {
   return __builtin_bit_cast(float, uint32_t(x.x) << 16);
 }
 
-// To nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; NaN stays NaN.
 OE_EXT_INLINE void store_as(float x, c10::BFloat16& stored) {
   const auto bits = __builtin_bit_cast(uint32_t, x);
   const uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
@@ -143,8 +144,8 @@ OE_EXT_INLINE float to_float(c10::Half x) {
   const uint32_t half = x.x;
   const uint32_t sign = (half & 0x8000U) << 16;
   const uint32_t magnitude = (half & 0x7fffU) << 13;
-  // The exponent's bias is 15 there and 127 here: a product with 2^112, which is right for
-  // subnormal numbers too, but for infinity and NaN, whose exponent is set instead.
+  // The exponent's bias is 15 in half and 127 in float. A product with 2^112 corrects it, also for
+  // subnormal numbers; infinity and NaN get their exponent set instead.
   const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112F;
   const uint32_t special = magnitude | 0x7f800000U;
   const uint32_t bits = magnitude >= 0x0f800000U ? special : __builtin_bit_cast(uint32_t, scaled);
@@ -155,7 +156,7 @@ OE_EXT_INLINE void store_as(float x, c10::Half& stored) {
   const auto bits = __builtin_bit_cast(uint32_t, x);
   const uint32_t sign = bits & 0x80000000U;
   const uint32_t magnitude = bits ^ sign;
-  // A subnormal half: the sum's last bit is worth 2^-24, so that the addition rounds.
+  // A subnormal half: the last bit of the sum is worth 2^-24, so the addition rounds.
   const uint32_t subnormal =
       __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5F) - 0x3f000000U;
   const uint32_t normal = (magnitude - 0x38000000U + 0xfffU + ((magnitude >> 13) & 1U)) >> 13;
@@ -170,11 +171,11 @@ OE_EXT_INLINE double to_float(double x) { return x; }
 OE_EXT_INLINE void store_as(float x, float& stored) { stored = x; }
 OE_EXT_INLINE void store_as(double x, double& stored) { stored = x; }
 
-// Neighbouring logits to the arithmetic's type.
+// Converts neighbouring logits to the type of the arithmetic.
 template <typename scalar_t, typename acc_t>
 OE_EXT_INLINE void widen(const scalar_t* from, int64_t size, acc_t* to) {
   int64_t begin = 0;
-#if defined(OE_EXT_F16C)  // one instruction for the twelve above
+#if defined(OE_EXT_F16C)  // one instruction instead of the twelve above
   if constexpr (std::is_same_v<scalar_t, c10::Half>) {
     begin = size & ~int64_t(7);
     for (int64_t i = 0; i < begin; i += 8) {
@@ -189,11 +190,11 @@ OE_EXT_INLINE void widen(const scalar_t* from, int64_t size, acc_t* to) {
   }
 }
 
-// And back.
+// Converts them back.
 template <typename acc_t, typename scalar_t>
 OE_EXT_INLINE void narrow(const acc_t* from, int64_t size, scalar_t* to) {
   int64_t begin = 0;
-#if defined(OE_EXT_F16C)  // one instruction for the twelve above
+#if defined(OE_EXT_F16C)  // one instruction instead of the twelve above
   if constexpr (std::is_same_v<scalar_t, c10::Half>) {
     begin = size & ~int64_t(7);
     for (int64_t i = 0; i < begin; i += 8) {

@@ -1,5 +1,5 @@
-// From the statistics of a tile's rows to their losses and the coefficients of their gradients. The
-// formulas are those of row_math.h.
+// Turns the statistics of a tile's rows into losses and gradient coefficients, by the formulas of
+// row_math.h.
 #pragma once
 
 #include "labels.h"
@@ -15,7 +15,7 @@ void clear_statistics(TileRows<acc_t>& rows) {
   std::fill_n(rows.at_label, rows.padded, acc_t(0));
 }
 
-// Rows whose label is none of the classes here lose nothing to it.
+// A row whose label is not among the classes here gets a label term of 0.
 template <typename acc_t>
 void skip_labels_elsewhere(int64_t num_classes, TileRows<acc_t>& rows) {
 #pragma omp simd
@@ -25,7 +25,7 @@ void skip_labels_elsewhere(int64_t num_classes, TileRows<acc_t>& rows) {
   }
 }
 
-// The coefficients of a row's gradient, for an upstream gradient.
+// Sets the coefficients of a row's gradient for a given upstream gradient.
 template <typename acc_t>
 OE_EXT_INLINE void set_gradient(TileRows<acc_t>& rows, int64_t i, acc_t upstream,
                                 acc_t inlier_divisor, acc_t outlier_divisor, acc_t num_classes) {
@@ -38,7 +38,8 @@ OE_EXT_INLINE void set_gradient(TileRows<acc_t>& rows, int64_t i, acc_t upstream
   rows.exp_of_label[i] = gradient.at_label;
 }
 
-// All that the forward writes for each row, the sums of losses, and the coefficients of gradients.
+// Writes the outputs of the forward for each row, sums the losses, and sets the coefficients of the
+// gradients.
 template <typename scalar_t, typename acc_t>
 void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const GroupDivisors& divisors,
                  TileRows<acc_t>& rows, GroupSums& sums) {
@@ -91,7 +92,7 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const GroupDivisors& 
   }
 }
 
-// What the forward left of rows, and the coefficients of their gradients.
+// Loads the statistics that the forward saved, and sets the coefficients of the gradients.
 template <typename scalar_t, typename acc_t>
 void restore_rows(const BackwardArgs<scalar_t, acc_t>& args, TileRows<acc_t>& rows) {
   clear_statistics(rows);

@@ -1,8 +1,8 @@
-// The kernels of the CPU: each works on one tile of rows. A tile lies within one `outer` index, and
-// its size depends on the layout and the dtype alone: that is why the bits of a result do not
-// depend on the number of threads.
+// The CPU kernels. Each works on one tile of rows. A tile lies within one `outer` index, and its
+// size depends only on the layout and the dtype: therefore the bits of a result do not depend on
+// the number of threads.
 //
-// They are compiled once for each instruction set (kernels_*.cpp); launch_cpu.cpp chooses.
+// The kernels are compiled once per instruction set (kernels_*.cpp); launch_cpu.cpp chooses one.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -15,23 +15,23 @@
 namespace oe_ext::cpu {
 
 constexpr int64_t kMaxTileRows = 256;
-// Rows of a tile are a multiple of this, the lanes of the widest vector, with some that do not
-// count behind the last ones.
+// Padding rows fill a tile up to a multiple of this, the lanes of the widest vector.
 constexpr int64_t kTileRowsStep = 16;
-// A few cache lines of each class, and enough for loops whose vectors are unrolled.
+// A few cache lines per class, and enough rows for unrolled vector loops.
 constexpr int64_t kMinTileRows = 64;
-// What a tile of few classes, or of pixels, keeps in cache.
+// Scratch memory for a tile of few classes, or of pixels; it fits in cache.
 constexpr int64_t kScratchBytes = 256 * 1024;
-// Of contiguous rows, from this many classes on, each is walked by itself.
+// Contiguous rows with at least this many classes are processed one by one.
 constexpr int64_t kMinLongRow = 64;
-// Long rows of one tile have this many logits; their gradients stay in cache between two walks.
+// Logits in one tile of long rows; their gradients stay in cache between two passes.
 constexpr int64_t kLongRowTile = 32768;
-// Of a long row, at most so many logits are summed up before their sum joins others in double.
+// A long row is summed in blocks of at most this many logits; the sums of blocks are added in
+// double.
 constexpr int64_t kRowBlock = 1024;
 
-// How rows are cut into tiles, and the classes of a tile into chunks that fit its scratch memory.
+// How rows are split into tiles, and the classes of a tile into chunks that fit its scratch memory.
 struct Tiling {
-  // grad_layout: of the gradients that are written, or null.
+  // grad_layout: the layout of the gradients to write, or null.
   Tiling(const RowLayout& layout, const RowLayout* grad_layout, int64_t element_size)
       : num_inner(layout.num_inner), num_outer(layout.num_outer) {
     const int64_t num_classes = layout.num_classes > 0 ? layout.num_classes : 1;
@@ -57,18 +57,18 @@ struct Tiling {
     const int64_t rest = num_inner - tile % tiles_per_outer * tile_rows;
     return rest < tile_rows ? rest : tile_rows;
   }
-  // Elements of the arithmetic's type that a tile needs to work with: its classes, and the classes
-  // that squares of eight have beyond them, or two blocks of a row.
+  // Size of a tile's scratch memory, in elements of the type of the arithmetic: its classes, and
+  // those that the last square of eight writes past them; for long rows, two blocks of a row.
   int64_t scratch_size() const {
     return long_rows ? tile_rows * chunk_classes + 2 * kRowBlock : tile_rows * (chunk_classes + 8);
   }
 
   int64_t num_inner;
   int64_t num_outer;
-  bool long_rows = false;  // walked one by one, along the classes
+  bool long_rows = false;  // processed one by one, along the classes
   int64_t tile_rows = 1;
   int64_t tiles_per_outer = 0;
-  int64_t chunk_classes = 0;  // 0: a long row that does not fit
+  int64_t chunk_classes = 0;  // 0: long rows that do not fit
 
  private:
   static int64_t between(int64_t low, int64_t x, int64_t high) {
@@ -76,7 +76,7 @@ struct Tiling {
   }
 };
 
-// What one task finds out; tasks are cut by the shape alone and merged in their order.
+// The result of one task. The shape alone determines the tasks; their results are merged in order.
 struct TaskResult {
   int64_t bad_row = -1;  // the first row with an illegal label
   GroupSums sums;
@@ -112,7 +112,7 @@ struct Kernels {
   }
 };
 
-extern const Kernels kKernelsDefault;  // what every processor of the architecture has
+extern const Kernels kKernelsDefault;  // for every processor of the architecture
 #if defined(__x86_64__)
 extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;

@@ -3,7 +3,7 @@
 
 #if defined(__x86_64__)
 
-// From here on, and for templates that are defined from here on.
+// Applies to all functions and templates that are defined below.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx,avx2,fma,f16c"))), apply_to = function)
 #else

@@ -1,4 +1,4 @@
-// The labels of a tile's rows, and what the rows weigh.
+// The labels and weights of a tile's rows.
 #pragma once
 
 #include "elementwise.h"
@@ -6,13 +6,12 @@
 namespace oe_ext::cpu {
 namespace {
 
-// What a row's label becomes, where it is no class.
+// A row's label where it is not a class.
 constexpr int kOutlier = -1;
-constexpr int kIgnored = -2;  // or no row at all
+constexpr int kIgnored = -2;  // or a padding row
 
-// What is known of each row of a tile, in arrays for loops over its rows. Behind the last row
-// stand rows that do not count, up to a multiple of kTileRowsStep; what is computed of them is
-// written nowhere.
+// The data of each row of a tile, in arrays for loops over rows. Padding rows follow the last row,
+// up to a multiple of kTileRowsStep; their results are not written to any tensor.
 template <typename acc_t>
 struct TileRows {
   TileRows(const Tiling& tiling, int64_t tile)
@@ -22,18 +21,18 @@ struct TileRows {
 
   int64_t first;                                 // index of the first row
   int64_t size;                                  // rows
-  int64_t padded;                                // with those that do not count
-  alignas(64) IntOf<acc_t> label[kMaxTileRows];  // a class, or as above
-  alignas(64) IntOf<acc_t> place[kMaxTileRows];  // of the label among a tile's classes
+  int64_t padded;                                // with padding rows
+  alignas(64) IntOf<acc_t> label[kMaxTileRows];  // a class, kOutlier or kIgnored
+  alignas(64) IntOf<acc_t> place[kMaxTileRows];  // index of the label among a tile's classes
   alignas(64) acc_t weight[kMaxTileRows];
-  alignas(64) acc_t active[kMaxTileRows];  // not 0: the logits are to be looked at
+  alignas(64) acc_t active[kMaxTileRows];  // not 0: the logits are needed
   alignas(64) acc_t max[kMaxTileRows];
   alignas(64) acc_t sum_exp[kMaxTileRows];
   alignas(64) acc_t sum_shifted[kMaxTileRows];
-  alignas(64) acc_t at_label[kMaxTileRows];  // the logit
+  alignas(64) acc_t at_label[kMaxTileRows];  // the logit at the label
   alignas(64) acc_t factor[kMaxTileRows];    // of the gradient
   alignas(64) acc_t offset[kMaxTileRows];
-  alignas(64) acc_t exp_of_label[kMaxTileRows];  // what the exponential at the label is less by
+  alignas(64) acc_t exp_of_label[kMaxTileRows];  // subtracted from the exponential at the label
   bool all_active;
 
   OE_EXT_INLINE RowCoefficients<acc_t> coefficients(int64_t i) const {
@@ -41,7 +40,7 @@ struct TileRows {
   }
 };
 
-// The rule in integers of Int; false where those do not hold its numbers.
+// Converts the rule to integers of type Int; false if its numbers do not fit.
 template <typename Int>
 bool rule_in(const LabelRule& rule, LabelRuleOf<Int>& narrow) {
   const auto fits = [](int64_t x) { return x == static_cast<Int>(x); };
@@ -54,7 +53,7 @@ bool rule_in(const LabelRule& rule, LabelRuleOf<Int>& narrow) {
   return fits(rule.num_classes) && fits(rule.ignore_index) && fits(rule.ood_index);
 }
 
-// Copies labels; false where Int does not hold all of them.
+// Copies labels; false if one does not fit Int.
 template <typename Label, typename Int>
 bool copy_labels(const Label* labels, int64_t size, Int* copies) {
   constexpr bool kFit = sizeof(Label) < sizeof(Int) || std::is_same_v<Label, Int>;
@@ -69,8 +68,8 @@ bool copy_labels(const Label* labels, int64_t size, Int* copies) {
   return beyond == 0;
 }
 
-// Writes a class or a kind for each of `size` labels, and counts. bad_row is the first illegal
-// label, counted from the first of these.
+// Writes a class, kOutlier or kIgnored for each of `size` labels, and counts them. bad_row is the
+// index of the first illegal label among these.
 template <typename Label, typename Int>
 TaskResult classify(const Label* labels, const LabelRule& rule, int64_t size, Int* classes) {
   Int inliers = 0;
@@ -102,7 +101,7 @@ TaskResult classify(const Label* labels, const LabelRule& rule, int64_t size, In
       inliers += kind == RowKind::kInlier;
       outliers += kind == RowKind::kOutlier;
       ignored += kind == RowKind::kIgnored;
-      // A class that does not fit is that of a long row, whose label is read where it is needed.
+      // Only long rows have classes that do not fit; they read such a label again (class_of).
       constexpr int64_t kHighest = std::numeric_limits<Int>::max();
       classes[i] = kind == RowKind::kInlier
                        ? static_cast<Int>(std::min(rule.class_here(label), kHighest))
@@ -122,7 +121,7 @@ TaskResult classify(const Label* labels, const LabelRule& rule, int64_t size, In
   return result;
 }
 
-// The counts of a tile, or its first illegal label; classes and weights of its rows.
+// Reads the labels and weights of a tile; returns its counts, or its first illegal label.
 template <typename Args, typename acc_t>
 TaskResult read_labels(const Args& args, bool wants_cross_entropy, TileRows<acc_t>& rows) {
   TaskResult result = with_label_type(args.labels.type, args.labels.data, [&](const auto* labels) {

@@ -27,7 +27,7 @@
 namespace oe_ext::cpu {
 namespace {
 
-// Below this many logits, or labels, a second thread costs more than it brings.
+// Below this many logits, or labels, a second thread costs more than it saves.
 constexpr int64_t kGrainLogits = 32768;
 constexpr int64_t kGrainLabels = 262144;
 
@@ -36,8 +36,8 @@ struct Choice {
   const Kernels* kernels;
 };
 
-// As torch chooses its own: the widest that the processor has, unless ATEN_CPU_CAPABILITY says
-// less. What torch calls by a name that is not known here is more than AVX2.
+// Chooses like torch: the widest instruction set of the processor, unless ATEN_CPU_CAPABILITY names
+// a lower one. A name that is not known here means more than AVX2.
 Choice choose_kernels() {
 #if defined(__x86_64__)
   const std::string capability = at::get_cpu_capability();
@@ -66,7 +66,7 @@ const Choice& chosen() {
   return choice;
 }
 
-// Memory of one thread, not initialised.
+// Uninitialised memory of one thread.
 template <typename T>
 class Scratch {
  public:
@@ -82,11 +82,12 @@ class Scratch {
   std::unique_ptr<T, Delete> data_;
 };
 
-// at::parallel_for as torch itself was compiled, on torch's threads. The header's own runs on one
-// thread where a file is compiled without OpenMP, and on threads of a second OpenMP where it is
-// linked with another one than torch's.
+// at::parallel_for on torch's own threads. The version in torch's header runs on one thread in a
+// file compiled without OpenMP, and on the threads of a second OpenMP in a file linked with another
+// OpenMP than torch's.
 //
-// torch_parallel_for makes a number of any exception, so the first one waits here for the caller.
+// torch_parallel_for turns any exception into an error code, so the first exception is kept here
+// and rethrown.
 template <typename Body>
 void parallel_for(int64_t num_tasks, int64_t grain, const Body& body) {
   if (num_tasks <= grain) {
@@ -116,11 +117,11 @@ void parallel_for(int64_t num_tasks, int64_t grain, const Body& body) {
   TORCH_CHECK(failed == 0, "outlier_exposure_loss: torch could not run the CPU kernels' threads");
 }
 
-// Has the system provide the pages of a large gradient in a few calls. Each would otherwise be a
-// page fault of its own, which costs more than the arithmetic of its 4 KiB. glibc maps whatever is
-// larger than kFreshBytes anew for every allocation, so those pages are known to be missing.
+// Asks the system for the pages of a large gradient in a few calls. Otherwise each page causes a
+// page fault, which costs more than the arithmetic of its 4 KiB. glibc maps every allocation above
+// kFreshBytes anew, so those pages are known to be missing.
 constexpr int64_t kFreshBytes = int64_t(32) << 20;
-constexpr int64_t kPopulateBytes = int64_t(1) << 20;  // at a time: fits a cache
+constexpr int64_t kPopulateBytes = int64_t(1) << 20;  // per call: fits a cache
 
 void populate([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
@@ -128,7 +129,7 @@ void populate([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
   const auto first = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
   const auto end = (reinterpret_cast<uintptr_t>(data) + num_bytes) / kPage * kPage;
   if (first < end) {
-    // A kernel before Linux 5.14 refuses, and the pages come as they always did.
+    // Linux before 5.14 refuses; its pages then fault one by one.
     madvise(reinterpret_cast<void*>(first), end - first, MADV_POPULATE_WRITE);
   }
 #endif
@@ -181,7 +182,7 @@ TaskResult count_rows(const Labels& labels, int64_t num_rows) {
 template <typename scalar_t, typename acc_t, typename Run>
 TaskResult for_each_tile(const RowLayout& layout, const RowLayout* grad_layout, const Run& run) {
   const Tiling tiling(layout, grad_layout, sizeof(acc_t));
-  // The lanes of labels are as wide as the arithmetic.
+  // Labels are held in integers as wide as the type of the arithmetic.
   TORCH_CHECK(tiling.long_rows || sizeof(acc_t) == 8 ||
                   layout.num_classes <= std::numeric_limits<int32_t>::max(),
               "outlier_exposure_loss: on the CPU, more than 2^31 - 1 classes need logits that are "

@@ -1,12 +1,12 @@
-// The kernels of the CPU, over all threads. forward and backward return the first row whose label
-// is not legal, or -1.
+// Runs the CPU kernels over all threads. forward and backward return the first row with an illegal
+// label, or -1.
 #pragma once
 
 #include "../core/kernel_args.h"
 
 namespace oe_ext::cpu {
 
-// The instruction set of the kernels that run: "AVX512", "AVX2", or "DEFAULT".
+// The instruction set of the kernels in use: "AVX512", "AVX2", or "DEFAULT".
 const char* capability();
 
 template <typename scalar_t, typename acc_t>

@@ -1,4 +1,5 @@
-// The kernels of long rows, whose classes are neighbours in memory: each row is walked by itself.
+// The kernels for long rows, whose classes are neighbours in memory. They process one row at a
+// time.
 #pragma once
 
 #include "finish_rows.h"
@@ -7,15 +8,15 @@
 namespace oe_ext::cpu {
 namespace {
 
-// Sums of a row are those of so many lanes, folded at the end: as many as the widest vector has, or
-// several vectors. A maximum waits for the one before and for nothing else, so that more of them
-// are found side by side: in 16 lanes, (384, 1000) float32 takes 1.05 times as long with AVX-512.
-// No part of a row is shorter. Its last lanes take some logits that were taken already.
+// Each sum over a row runs in kLanes lanes, folded at the end: as many as the widest vector has, or
+// several vectors. A step of a maximum waits only for the step before, so maxima run in kMaxLanes
+// lanes: in 16 lanes, (384, 1000) float32 takes 1.05 times as long with AVX-512. No block of a row
+// is shorter. Its last step overlaps the step before.
 constexpr int kLanes = 16;
 constexpr int kMaxLanes = 32;
 static_assert(kMinLongRow >= kMaxLanes);
 
-// Calls use(begin, size) for the blocks of a row.
+// Calls use(begin, size) for each block of a row.
 template <typename Use>
 OE_EXT_INLINE void for_each_block(int64_t num_classes, const Use& use) {
   int64_t size = 0;
@@ -26,8 +27,8 @@ OE_EXT_INLINE void for_each_block(int64_t num_classes, const Use& use) {
   }
 }
 
-// A block's logits in the arithmetic's type: where they stand, or widened into a buffer. (Widened
-// in steps of kLanes, they would be loaded while their stores are still on the way, and wait.)
+// A block's logits in the type of the arithmetic: in place, or widened into a buffer. (If they were
+// widened in steps of kLanes, their loads would wait for stores that are still under way.)
 template <typename scalar_t, typename acc_t>
 OE_EXT_INLINE const acc_t* widened(const scalar_t* logits, int64_t size, acc_t* buffer) {
   if constexpr (std::is_same_v<scalar_t, acc_t>) {
@@ -49,7 +50,7 @@ OE_EXT_INLINE acc_t fold(acc_t (&lanes)[kSize], const Merge& merge) {
   return lanes[0];
 }
 
-// The largest of lanes of T, of which each is make(logit).
+// The largest make(logit), of type T.
 template <typename T, typename scalar_t, typename Make>
 OE_EXT_INLINE T max_of(const scalar_t* logits, int64_t size, const Make& make) {
   T lanes[kMaxLanes];
@@ -68,11 +69,11 @@ OE_EXT_INLINE T max_of(const scalar_t* logits, int64_t size, const Make& make) {
   return fold(lanes, [](T a, T b) { return b > a ? b : a; });
 }
 
-// The largest logit. NaN is never larger, or the result.
+// The largest logit. A NaN is either skipped or the result.
 template <typename scalar_t>
 OE_EXT_INLINE auto max_logit(const scalar_t* logits, int64_t size) {
   if constexpr (sizeof(scalar_t) == 2) {
-    // Integers that are ordered as the numbers are, and are quicker to come by than floats.
+    // Integers in the order of the numbers; they are cheaper to get than floats.
     const auto ordered = [](int16_t bits) { return int16_t(bits ^ ((bits >> 15) & 0x7fff)); };
     const int16_t max =
         max_of<int16_t>(logits, size, [&](scalar_t x) { return ordered(int16_t(x.x)); });
@@ -93,7 +94,7 @@ OE_EXT_INLINE acc_t sum_of(const acc_t* x, int64_t size, acc_t shift) {
     }
   }
   const acc_t* last = x + size - kLanes;
-  const int first = kLanes - static_cast<int>(size % kLanes);  // lane that was not taken before
+  const int first = kLanes - static_cast<int>(size % kLanes);  // lane not yet summed
 #pragma omp simd
   for (int j = 0; j < kLanes; ++j) {
     lanes[j] += select(j >= first, last[j] - shift, acc_t(0));
@@ -101,7 +102,7 @@ OE_EXT_INLINE acc_t sum_of(const acc_t* x, int64_t size, acc_t shift) {
   return fold(lanes, [](acc_t a, acc_t b) { return a + b; });
 }
 
-// Writes exp(x - max) of kCount logits, and adds those from lane `first` on.
+// Writes exp(x - max) of kCount logits, and adds those from lane `first` on to `lanes`.
 template <int kCount, typename acc_t>
 OE_EXT_INLINE void add_exponentials(const acc_t* __restrict x, acc_t max, acc_t* __restrict exps,
                                     int first, acc_t* __restrict lanes) {
@@ -113,9 +114,9 @@ OE_EXT_INLINE void add_exponentials(const acc_t* __restrict x, acc_t max, acc_t*
   }
 }
 
-// Writes exp(x - max), and returns their sum. What is soon to be read and written is fetched: the
-// processor's own prefetching ends with a page, which may be one row. (Without, (384, 1000) and
-// (64, 32000) float32 take 1.04 to 1.14 times as long.)
+// Writes exp(x - max), and returns their sum. Prefetches the logits and the memory that come next:
+// the processor's own prefetching stops at the end of a page, which may be one row. (Without
+// prefetching, (384, 1000) and (64, 32000) float32 take 1.04 to 1.14 times as long.)
 template <typename acc_t, typename scalar_t>
 OE_EXT_INLINE acc_t add_exponentials(const acc_t* x, int64_t size, acc_t max, acc_t* exps,
                                      const scalar_t* next_logits, const acc_t* next_exps) {
@@ -137,7 +138,7 @@ OE_EXT_INLINE acc_t add_exponentials(const acc_t* x, int64_t size, acc_t max, ac
   return fold(lanes, [](acc_t a, acc_t b) { return a + b; });
 }
 
-// Gradients from exponentials, or from logits, which may stand where the gradients go.
+// Gradients from exponentials, or from logits. Input and output may be the same memory.
 template <typename acc_t>
 OE_EXT_INLINE void gradients_from_exps(const acc_t* exps, int64_t size, acc_t factor, acc_t offset,
                                        acc_t* grad) {
@@ -156,12 +157,12 @@ OE_EXT_INLINE void gradients_from_logits(const acc_t* x, int64_t size, acc_t max
   }
 }
 
-// Logits of rows that stay in the nearest cache from their maximum to their exponentials. Meanwhile
-// the processor has other rows to work on.
+// Logits of a group of rows. They stay in the nearest cache from the maximum to the exponentials,
+// and the rows of a group give the processor independent work.
 constexpr int64_t kLogitsOfGroup = 4096;
 
-// The class of a long row's label; negative where the row has none here. Of classes that rows.label
-// cannot hold, it has the highest number.
+// The class of a long row's label; negative if it is not among the classes here. rows.label holds
+// its highest number for a class that does not fit, and the label is read again.
 template <typename Args, typename acc_t>
 int64_t class_of(const Args& args, const TileRows<acc_t>& rows, int64_t i) {
   int64_t cls = rows.label[i];
@@ -171,7 +172,7 @@ int64_t class_of(const Args& args, const TileRows<acc_t>& rows, int64_t i) {
   return cls < args.layout.num_classes ? cls : int64_t(-1);
 }
 
-// Writes the gradients of rows. compute(row, logits, begin, size, to) computes a block's.
+// Writes the gradients of rows. compute(row, logits, begin, size, to) computes those of one block.
 template <typename Args, typename acc_t, typename Compute>
 void write_row_gradients(const Args& args, const TileRows<acc_t>& rows, acc_t* buffer,
                          const Compute& compute) {
@@ -220,8 +221,8 @@ void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
   const int64_t num_classes = args.layout.num_classes;
   const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
   acc_t* const buffer = scratch + tiling.tile_rows * tiling.chunk_classes;
-  // Exponentials wait where the gradients will be, if that has their type, or in scratch memory, if
-  // they fit. Else they are computed twice.
+  // Keeps the exponentials in the memory of the gradients if that has their type, else in scratch
+  // memory if they fit. Otherwise they are computed twice.
   acc_t* exps = nullptr;
   int64_t exps_stride = 0;
   if (args.grad_logits != nullptr) {

@@ -1,14 +1,14 @@
-// The kernels of one tile, for the instruction set of the file that includes this. Which runs:
+// The kernels of one tile, compiled for the instruction set of the including file. Which one runs:
 //
 //   logits and gradient                       | kernel             | memory is read
 //   contiguous rows of kMinLongRow or more    | *_long_rows        | in place, row by row
 //   any other, all classes fit in scratch     | *_in_scratch       | once, into scratch
 //   any other, more classes                   | *_in_chunks        | three times, chunk by chunk
 //
-// [class][row] in scratch comes from pixels by copies (or is read in place), from contiguous rows
-// (channels_last, too) by squares, from other strides one by one. A kernel is the same for each
-// dtype: double is computed in double, float, Half and BFloat16 in float, to which the last two are
-// widened on the way in.
+// Scratch holds [class][row]. Pixels are copied there (or read in place), contiguous rows (also of
+// channels_last) are transposed in squares, and other strides are loaded one by one. All dtypes
+// share the kernels: double computes in double; float, Half and BFloat16 compute in float, and the
+// last two are widened when loaded.
 #pragma once
 
 #include "finish_rows.h"
@@ -20,7 +20,7 @@ namespace {
 
 // ---- Logits as [class][row] in scratch
 
-// Loads a tile, without the logits that are not to be looked at.
+// Loads a tile, and zeroes the rows whose logits are not needed.
 template <typename scalar_t, typename acc_t>
 void load_active(const TileView<const scalar_t>& logits, const TileRows<acc_t>& rows,
                  const Tile<acc_t>& tile) {
@@ -30,7 +30,8 @@ void load_active(const TileView<const scalar_t>& logits, const TileRows<acc_t>& 
   }
 }
 
-// The gradients of a tile's exponentials, of classes from first_class on.
+// Turns the exponentials of a tile, whose classes start at first_class, into gradients in the
+// tensor.
 template <typename scalar_t, typename acc_t>
 void finish_gradients(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows,
                       bool may_lack_weight, const TileView<scalar_t>& grad) {
@@ -41,7 +42,7 @@ void finish_gradients(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc
   store_gradients(tile, rows, grad.from_class(first_class));
 }
 
-// Whether a tile's logits may be read where they stand, as [class][row]: 0.86 to 0.97 of the time.
+// Can the kernel read a tile in place, as [class][row]? That takes 0.86 to 0.97 of the time.
 template <typename scalar_t, typename acc_t>
 bool reads_in_place(const TileView<const scalar_t>& logits, const TileRows<acc_t>& rows) {
   return std::is_same_v<scalar_t, acc_t> && logits.row_stride == 1 && rows.size == rows.padded &&
@@ -77,7 +78,7 @@ void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
   }
 }
 
-// Calls use(tile, first_class) for so many classes as fit in scratch at once.
+// Calls use(tile, first_class) for each chunk of classes that fits in scratch.
 template <typename scalar_t, typename acc_t, typename Use>
 void for_each_chunk(const scalar_t* logits, const RowLayout& layout, const Tiling& tiling,
                     acc_t* scratch, TileRows<acc_t>& rows, const Use& use) {
@@ -90,7 +91,7 @@ void for_each_chunk(const scalar_t* logits, const RowLayout& layout, const Tilin
   }
 }
 
-// The gradients of a tile, from its statistics.
+// Writes the gradients of a tile from its statistics.
 template <typename scalar_t, typename acc_t>
 void write_gradients_in_chunks(const scalar_t* logits, const RowLayout& layout, scalar_t* grad,
                                const RowLayout& grad_layout, const Tiling& tiling,
@@ -122,7 +123,7 @@ void forward_in_chunks(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
   }
 }
 
-// ---- The two directions
+// ---- Forward and backward
 
 template <typename scalar_t, typename acc_t>
 TaskResult forward_tile(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
@@ -143,7 +144,7 @@ TaskResult forward_tile(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
   return result;
 }
 
-// The gradient from the statistics that the forward left.
+// Writes the gradient from the statistics that the forward saved.
 template <typename scalar_t, typename acc_t>
 TaskResult backward_tile(const BackwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                          int64_t tile, acc_t* scratch) {

@@ -1,4 +1,4 @@
-// The way of a tile between its tensor and scratch memory, where its logits lie as [class][row].
+// Moves tiles between a tensor and scratch memory, which holds logits as [class][row].
 #pragma once
 
 #include "labels.h"
@@ -7,7 +7,7 @@
 namespace oe_ext::cpu {
 namespace {
 
-// The logits of a tile, or its gradients, in a tensor.
+// The logits or the gradients of a tile, in a tensor.
 template <typename T>
 struct TileView {
   TileView(T* tensor, const RowLayout& layout, int64_t first_row)
@@ -26,8 +26,8 @@ struct TileView {
   int64_t class_stride;
 };
 
-// A tile as [class][row], `stride` elements a class. In scratch memory a spare class stands behind
-// the last.
+// A tile as [class][row], `stride` elements per class. In scratch memory, a spare class follows the
+// last.
 template <typename T>
 struct Tile {
   T* of_class(int64_t cls) const { return data + cls * stride; }
@@ -38,7 +38,7 @@ struct Tile {
   int64_t num_classes;
 };
 
-// Rows are moved between [row][class] and [class][row] in squares, so many classes at once.
+// Classes that are transposed at once, in squares, between [row][class] and [class][row].
 constexpr int64_t kMovedClasses = 64;
 
 template <typename scalar_t, typename acc_t>
@@ -63,7 +63,7 @@ void load_rows(const TileView<const scalar_t>& logits, int64_t num_rows, const T
           widen(from + j * logits.row_stride, width, buffer + j * width);
         }
       }
-      // The last square reads into the next row, and writes classes that are not there.
+      // The last square reads into the next row and writes past the last class.
       for (int64_t cls = 0; cls < width; cls += kSize) {
         transpose(source + cls, stride, tile.of_class(begin + cls) + row, tile.stride);
       }
@@ -82,7 +82,7 @@ void store_rows(const Tile<acc_t>& tile, int64_t num_rows, const TileView<scalar
       scalar_t* to = grad.data + row * grad.row_stride + begin;
       const bool in_place = std::is_same_v<scalar_t, acc_t> && row + 2 * kSize <= num_rows && dense;
       acc_t* rows = in_place ? reinterpret_cast<acc_t*>(to) : buffer;
-      // The last square comes first: what it writes into the next row is written again.
+      // The last square comes first, because later ones overwrite what it writes into the next row.
       for (int64_t cls = (width - 1) / kSize * kSize; cls >= 0; cls -= kSize) {
         transpose(tile.of_class(begin + cls) + row, tile.stride, rows + cls, width);
       }
@@ -101,7 +101,7 @@ void store_rows(const Tile<acc_t>& tile, int64_t num_rows, const TileView<scalar
   }
 }
 
-// Logits of any strides, in acc_t. What stands behind the last row does not count.
+// Loads logits of any strides, as acc_t. Padding rows may hold any value.
 template <typename scalar_t, typename acc_t>
 void load_tile(const TileView<const scalar_t>& logits, const TileRows<acc_t>& rows,
                const Tile<acc_t>& tile) {
@@ -123,7 +123,7 @@ void load_tile(const TileView<const scalar_t>& logits, const TileRows<acc_t>& ro
   }
 }
 
-// From exponentials to gradients, in the tensor.
+// Turns exponentials into gradients, in the tensor.
 template <typename scalar_t, typename acc_t>
 void store_gradients(const Tile<acc_t>& tile, const TileRows<acc_t>& rows,
                      const TileView<scalar_t>& grad) {
@@ -134,7 +134,7 @@ void store_gradients(const Tile<acc_t>& tile, const TileRows<acc_t>& rows,
     if constexpr (std::is_same_v<scalar_t, acc_t>) {
       gradients = grad.row_stride == 1 ? to : exps;
     }
-    // Those of rows that do not exist must not reach the tensor.
+    // Padding rows must not reach the tensor.
     const int64_t size = gradients == exps ? rows.padded : rows.size;
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) {

@@ -1,5 +1,5 @@
-// Loops over the rows of a tile in scratch memory: each step of the loss and of its gradient, for
-// one class, or a few, of all rows after another.
+// Loops over the rows of a tile in scratch memory: each step of the loss and of its gradient. One
+// loop handles one class, or a few, of all rows.
 #pragma once
 
 #include "tile_memory.h"
@@ -31,7 +31,7 @@ void raise_maxima(const Tile<const acc_t>& tile, TileRows<acc_t>& rows) {
   }
 }
 
-// Sets what rows have in the tile to 0 where `counts` is 0: it may be infinite, or NaN.
+// Zeroes the values of rows where `counts` is 0: they may be infinite or NaN.
 template <typename acc_t>
 void clear_rows(const Tile<acc_t>& tile, int64_t num_rows, const acc_t* counts) {
   for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
@@ -43,7 +43,7 @@ void clear_rows(const Tile<acc_t>& tile, int64_t num_rows, const acc_t* counts) 
   }
 }
 
-// Exponentials of the logits of kCount classes, whose maxima are known, and their sums.
+// Computes the exponentials of kCount classes, and their sums. The maxima must be known.
 template <int kCount, typename acc_t>
 OE_EXT_INLINE void add_classes(const acc_t* x, int64_t x_stride, acc_t* to, int64_t stride,
                                TileRows<acc_t>& rows) {
@@ -62,16 +62,16 @@ OE_EXT_INLINE void add_classes(const acc_t* x, int64_t x_stride, acc_t* to, int6
   }
 }
 
-// Of many classes, so many are summed up before their sums join others in double.
+// Rows with more classes than this are summed in parts of this many, which are added in double.
 constexpr int64_t kSumClasses = 32;
 
-// Sums over all classes of a row, where those are more than kSumClasses.
+// The sums over all classes of a row, if there are more than kSumClasses.
 struct WideSums {
   double exp[kMaxTileRows] = {};
   double shifted[kMaxTileRows] = {};
 };
 
-// Exponentials of the source, which may be the tile itself, and their sums.
+// Computes the exponentials of the source, which may be the tile itself, and their sums.
 template <typename acc_t>
 void add_exponentials(const Tile<const acc_t>& source, const Tile<acc_t>& tile,
                       TileRows<acc_t>& rows, WideSums* wide) {
@@ -97,7 +97,7 @@ void add_exponentials(const Tile<const acc_t>& source, const Tile<acc_t>& tile,
   }
 }
 
-// Finds which class of a tile is a row's label; `none` where that is not one of them.
+// Finds the index of each row's label among a tile's classes; `none` if it is not there.
 template <typename acc_t>
 void find_labels(int64_t first_class, int64_t num_classes, int64_t none, TileRows<acc_t>& rows) {
   using Int = IntOf<acc_t>;
@@ -128,7 +128,8 @@ void find_logits_at_labels(const Tile<const acc_t>& tile, int64_t first_class,
   }
 }
 
-// Makes the exponentials at the labels less, after which all are of one kind to the gradient.
+// Subtracts exp_of_label from the exponential at each label. After that, the gradient treats all
+// classes alike.
 template <typename acc_t>
 void subtract_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows) {
   if (tile.num_classes == 2 && first_class == 0) {
@@ -141,7 +142,7 @@ void subtract_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileRows<a
     }
     return;
   }
-  // What is subtracted in the spare class is read by nobody.
+  // Rows without a label here subtract from the spare class, which nobody reads.
   std::fill_n(tile.of_class(tile.num_classes), rows.padded, acc_t(0));
   find_labels(first_class, tile.num_classes, tile.num_classes, rows);
   for (int64_t i = 0; i < rows.size; ++i) {

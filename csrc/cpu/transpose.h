@@ -1,5 +1,5 @@
-// Squares of numbers, transposed: the one step that compilers leave to single numbers, at two to
-// three times the instructions.
+// Transposes squares of numbers: the one step that compilers do not vectorise. Their scalar code
+// takes two to three times the instructions.
 #pragma once
 
 #include "baseline.h"
@@ -7,7 +7,7 @@
 namespace oe_ext::cpu {
 namespace {
 
-// The bytes of a row of a square (kSquareBytes) come with the instruction set.
+// The instruction set determines kSquareBytes, the bytes of one row of a square.
 template <typename T>
 struct Square {
   static constexpr int kSize = kSquareBytes / sizeof(T);
@@ -52,7 +52,7 @@ OE_EXT_INLINE void swap_all_blocks(typename Square<T>::Row (&rows)[Square<T>::kS
   }
 }
 
-// to[j][i] = from[i][j] of one square.
+// to[j][i] = from[i][j] for one square.
 template <typename T>
 OE_EXT_INLINE void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   typename Square<T>::Row rows[Square<T>::kSize];
