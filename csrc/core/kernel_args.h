@@ -1,4 +1,4 @@
-// What the kernels of every backend are given: raw pointers, sizes and strides, and the few
+// The arguments of the kernels of every backend: raw pointers, sizes and strides, and the few
 // per-row steps that do not depend on how a backend walks memory. No ATen here.
 #pragma once
 
@@ -30,14 +30,14 @@ struct RowLayout {
 
   C10_HOST_DEVICE int64_t class_offset(int64_t cls) const { return cls * class_stride; }
 
-  // Neighbouring rows lie closer together than neighbouring classes (pixels of a contiguous
-  // segmentation map, or a transposed matrix): walk rows first.
+  // Do neighbouring rows lie closer together than neighbouring classes (pixels of a contiguous
+  // segmentation map, or a transposed matrix)? Then loops walk the rows first.
   C10_HOST_DEVICE bool is_class_major() const {
     return num_inner > 1 && num_classes > 1 && inner_stride < class_stride;
   }
 };
 
-// One value a row, or one for all of them (stride 0).
+// One value per row, or one for all rows (stride 0).
 template <typename T>
 struct PerRow {
   const T* data = nullptr;
@@ -46,7 +46,7 @@ struct PerRow {
   C10_HOST_DEVICE T operator[](int64_t row) const { return data[row * stride]; }
 };
 
-// The weight of an outlier: a number, or one read from memory.
+// The weight of an outlier: a number, or a value in memory.
 template <typename acc_t>
 struct Alpha {
   acc_t value = 0;
@@ -57,13 +57,13 @@ struct Alpha {
   }
 };
 
-// Where a loss that is reduced goes; null for none.
+// Where the kernels write a reduced loss; null without a reduction.
 template <typename acc_t>
 struct LossOutput {
   acc_t* loss = nullptr;     // one element
-  double* counts = nullptr;  // inliers, outliers: what a mean was divided by
+  double* counts = nullptr;  // inliers, outliers: the counts that a mean divides by
 
-  // `given`: the counts to divide by, or null for those of the num_rows rows that were summed.
+  // `given`: the counts to divide by; null for the counts of the num_rows rows in `sums`.
   C10_HOST_DEVICE void write(const GroupSums& sums, const DivisorRule& rule, const double* given,
                              int64_t num_rows) const {
     counts[0] = given != nullptr ? given[0] : static_cast<double>(sums.counts.inliers);
@@ -74,7 +74,7 @@ struct LossOutput {
   }
 };
 
-// What both directions are given.
+// The arguments of both the forward and the backward.
 template <typename scalar_t, typename acc_t>
 struct RowArgs {
   RowLayout layout;
@@ -82,14 +82,14 @@ struct RowArgs {
   Labels labels;
   Alpha<acc_t> alpha;
   DivisorRule divisor_rule;
-  // Inliers, outliers: what a mean divides by. Null: nothing is divided, or (forward) the counts
-  // are those of the rows here.
+  // Inliers, outliers: the counts that a mean divides by. Null: no division, or (forward) the
+  // counts of the rows here.
   const double* counts = nullptr;
-  // Of the gradient that is written: for an upstream gradient of 1 in the forward, or null.
-  RowLayout grad_layout;  // with num_outer and num_inner of layout
+  // The gradient to write, or null. The forward writes it for an upstream gradient of 1.
+  RowLayout grad_layout;  // same num_outer and num_inner as layout
   scalar_t* grad_logits = nullptr;
 
-  // Of all parts, where the logits are those of some of the classes.
+  // The number of all classes, also where the logits hold only a part of them.
   C10_HOST_DEVICE acc_t num_classes() const { return static_cast<acc_t>(labels.rule.num_classes); }
 
   C10_HOST_DEVICE GroupDivisors divisors() const {
@@ -104,13 +104,13 @@ struct RowArgs {
     return RowCoefficients<acc_t>::of_row(inlier, outlier, weight);
   }
 
-  // The class of a row's label among those here, or -1.
+  // The class of a row's label, counted among those here, or -1.
   C10_HOST_DEVICE int64_t class_here(int64_t label, RowKind kind) const {
     const int64_t cls = kind == RowKind::kInlier ? labels.rule.class_here(label) : int64_t(-1);
     return cls < layout.num_classes ? cls : int64_t(-1);
   }
 
-  // The gradient of a row from its maximum and its sum of exp(x - max).
+  // The gradient of a row, from its maximum and its sum of exp(x - max).
   C10_HOST_DEVICE RowGradient<acc_t> row_gradient(const RowCoefficients<acc_t>& row, int64_t cls,
                                                   RowKind kind, acc_t max, acc_t sum_exp,
                                                   acc_t upstream,
@@ -129,9 +129,9 @@ struct RowArgs {
 
 template <typename scalar_t, typename acc_t>
 struct ForwardArgs : RowArgs<scalar_t, acc_t> {
-  // Outputs of each row, [num_rows] each.
-  acc_t* row_loss = nullptr;           // the weighted loss, where it is not reduced; else null
-  acc_t* row_cross_entropy = nullptr;  // the same, not weighted; or null
+  // Outputs per row, [num_rows] each.
+  acc_t* row_loss = nullptr;           // the weighted loss, if it is not reduced; else null
+  acc_t* row_cross_entropy = nullptr;  // the unweighted loss; or null
   acc_t* row_max = nullptr;            // for the backward; or null
   acc_t* row_sum_exp = nullptr;        // for the backward; or null
   LossOutput<acc_t> output;
@@ -141,14 +141,14 @@ struct ForwardArgs : RowArgs<scalar_t, acc_t> {
     return this->grad_logits != nullptr && this->counts == nullptr && this->divisor_rule.counts();
   }
 
-  // Does anything that is written depend on the logits of this row?
+  // Does any output depend on the logits of this row?
   C10_HOST_DEVICE bool is_active(const RowCoefficients<acc_t>& row, RowKind kind) const {
     return row.weight != acc_t(0) || (row_cross_entropy != nullptr && kind == RowKind::kOutlier);
   }
 
-  // Writes the outputs of one row and returns its weighted loss, which is 0 where the row does not
-  // count. `stats` need not be filled where the row is not active. label_shifted is the logit at
-  // the label less the maximum; 0 where it is not here.
+  // Writes the outputs of one row and returns its weighted loss, which is 0 if the row does not
+  // count. `stats` may be empty for an inactive row. label_shifted is the logit at the label minus
+  // the maximum; 0 if the label is not here.
   C10_HOST_DEVICE acc_t write_row(int64_t row, const RowCoefficients<acc_t>& coefficients,
                                   bool active, const RowStats<acc_t>& stats,
                                   acc_t label_shifted) const {
@@ -173,7 +173,7 @@ struct BackwardArgs : RowArgs<scalar_t, acc_t> {
   PerRow<acc_t> grad;                  // the upstream gradient
   const acc_t* row_max = nullptr;      // [num_rows]
   const acc_t* row_sum_exp = nullptr;  // [num_rows]
-  // grad_logits holds the gradient for an upstream gradient of 1 already; not for a loss a row.
+  // grad_logits already holds the gradient for an upstream gradient of 1. Needs a scalar loss.
   bool has_unit_gradient = false;
 
   // Is there nothing left to do? Reads device memory.

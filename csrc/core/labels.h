@@ -9,19 +9,19 @@ namespace oe_ext {
 
 enum class RowKind : int8_t { kInlier, kOutlier, kIgnored, kInvalid };
 
-// The rule that makes a kind of a label. ignore_index is looked at first; ood_index replaces
-// "negative" as what tells an outlier.
+// The rule that maps a label to its kind. ignore_index is tested first. ood_index, if given, is the
+// label of outliers instead of the negative numbers.
 template <typename label_t>
 struct LabelRuleOf {
   label_t num_classes = 0;
-  // The first class whose logits are here, where these are some of all classes.
+  // The first class here, where the logits hold only a part of all classes.
   label_t first_class = 0;
   label_t ignore_index = 0;
   label_t ood_index = 0;
   bool has_ignore_index = false;
   bool has_ood_index = false;
 
-  // Without branches, so that loops over labels can be vectorised.
+  // Without branches, so that loops over labels vectorise.
   C10_HOST_DEVICE bool is_ignored(label_t label) const {
     return has_ignore_index & (label == ignore_index);
   }
@@ -47,8 +47,8 @@ struct LabelRuleOf {
     return is_inlier(label) ? RowKind::kInlier : RowKind::kInvalid;
   }
 
-  // The class of an inlier, counted from first_class. The classes before it come after the last
-  // one: what is not below the number of logits here is not here.
+  // The class of an inlier, counted from first_class. The classes before first_class follow after
+  // the last one, so a result of at least the number of logits here means: not here.
   C10_HOST_DEVICE label_t class_here(label_t label) const {
     return label - first_class + (label < first_class ? num_classes : label_t(0));
   }

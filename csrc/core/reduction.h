@@ -1,5 +1,5 @@
-// What a reduction is: the one place that knows their names and what they divide by. Kernels are
-// given a DivisorRule and know no more.
+// The reductions: the one place that knows their names and divisors. Kernels only see a
+// DivisorRule.
 #pragma once
 
 #include <limits>
@@ -9,7 +9,7 @@
 
 namespace oe_ext {
 
-// How many positions count, by group.
+// The number of inliers and of outliers. Ignored positions do not count.
 struct GroupCounts {
   int64_t inliers = 0;
   int64_t outliers = 0;
@@ -25,13 +25,13 @@ struct GroupCounts {
   }
 };
 
-// What the losses of each group are divided by.
+// The divisor of each group's losses.
 struct GroupDivisors {
   double inliers = 1;
   double outliers = 1;
 };
 
-// The groups whose members a sum of losses is divided by. Without groups, or without members, it
+// A sum of losses is divided by the members of these groups. Without groups, or without members, it
 // stays a sum.
 struct Divisor {
   bool by_inliers = false;
@@ -48,11 +48,11 @@ struct Divisor {
 struct DivisorRule {
   Divisor inliers;
   Divisor outliers;
-  bool empty_is_nan = false;  // of no positions at all, as torch's mean() is
+  bool empty_is_nan = false;  // if there are no positions at all, like torch's mean()
 
   constexpr C10_HOST_DEVICE bool counts() const { return inliers.counts() || outliers.counts(); }
 
-  // The counts are fractions where processes share them.
+  // The counts may be fractions: averages over processes.
   C10_HOST_DEVICE GroupDivisors operator()(double num_inliers, double num_outliers) const {
     return {inliers(num_inliers, num_outliers), outliers(num_inliers, num_outliers)};
   }
@@ -60,7 +60,7 @@ struct DivisorRule {
 
 struct Reduction {
   std::string_view name;
-  bool is_scalar;  // else a loss for each position
+  bool is_scalar;  // else one loss per position
   DivisorRule divisors;
 };
 
@@ -75,7 +75,7 @@ inline constexpr Reduction kReductions[] = {
     {"group_mean", true, {kByInliers, kByOutliers}},
 };
 
-// Null for a name that none has.
+// Null for an unknown name.
 constexpr const Reduction* find_reduction(std::string_view name) {
   for (const Reduction& reduction : kReductions) {
     if (reduction.name == name) {
@@ -85,8 +85,8 @@ constexpr const Reduction* find_reduction(std::string_view name) {
   return nullptr;
 }
 
-// Sums of the weighted losses by group. They are kept in double for every dtype: 10^7 positions
-// would cost float32 half of its digits.
+// Sums of the weighted losses by group, in double for every dtype: 10^7 positions would cost
+// float32 half of its digits.
 struct GroupSums {
   double inliers = 0;
   double outliers = 0;

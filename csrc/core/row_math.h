@@ -5,10 +5,10 @@
 // where q is one-hot at y for an inlier and uniform for an outlier (Hendrycks et al., "Deep Anomaly
 // Detection with Outlier Exposure", ICLR 2019, arXiv 1812.04606), and w is 1 or alpha. This is
 // k logsumexp(x) - h x_y - u sum(x) with k = w, h = w * label and u = w * uniform / C of
-// RowCoefficients, which keep k apart since the loss before its weight is wanted too.
+// RowCoefficients, which keep k apart because the unweighted loss is needed too.
 //
-// Everything is written in logits that are shifted by the row's maximum, and the logarithm of the
-// sum is added last: with an offset of 1e4 in float32, logsumexp(x) - mean(x) is off by 1e-3.
+// All formulas use logits shifted by the row's maximum, and add the logarithm of the sum last: with
+// an offset of 1e4 in float32, logsumexp(x) - mean(x) is off by 1e-3.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -20,8 +20,8 @@
 
 namespace oe_ext {
 
-// a or b, both of which are evaluated. On the host by their bits: compilers move what only one side
-// of a ?: needs into a branch, and then cannot vectorise the loop around it.
+// Returns a or b; both are evaluated. The host selects by bits: compilers turn a ?: into a branch
+// if only one side needs an operand, and then cannot vectorise the loop around it.
 template <typename T>
 C10_HOST_DEVICE T select(bool condition, T a, T b) {
 #if defined(__CUDA_ARCH__)
@@ -34,34 +34,34 @@ C10_HOST_DEVICE T select(bool condition, T a, T b) {
 #endif
 }
 
-// Terms that are summed one after another before they join other such sums. The error of a sum
-// grows with the length of its longest chain of additions.
+// How many terms are summed one after another before their sum joins others. The error of a sum
+// grows with its longest chain of additions.
 constexpr int64_t kClassBlock = 16;
 
-// The statistics of a row, or of any part of one; parts merge in any order.
+// The statistics of a row, or of any part of it. Parts merge in any order.
 //
-// The maximum starts at the lowest finite number, not at -inf, so that a -inf logit needs no case
-// of its own: it adds exp(-inf) = 0 to sum_exp and -inf to sum_shifted. A +inf or NaN logit, and a
-// row of nothing but -inf, end as NaN: their softmax does not exist.
+// The maximum starts at the lowest finite number, not at -inf, so a -inf logit is no special case:
+// it adds exp(-inf) = 0 to sum_exp and -inf to sum_shifted. A row with a +inf or NaN logit, or with
+// only -inf logits, becomes NaN: its softmax does not exist.
 template <typename acc_t>
 struct RowStats {
   acc_t max = std::numeric_limits<acc_t>::lowest();
   acc_t sum_exp = 0;      // sum of exp(x - max)
   acc_t sum_shifted = 0;  // sum of x - max
-  acc_t count = 0;        // how many logits the sums hold
+  acc_t count = 0;        // number of logits in the sums
 
-  // Not implicit: that one would be compiled for the file's least processor (see
-  // cpu/kernels_avx2.cpp).
+  // Written out, because the compiler would compile an implicit one for the file's least processor
+  // (see cpu/kernels_avx2.cpp).
   C10_HOST_DEVICE RowStats() {}
 
-  // Empty sums that start from a maximum that is known already.
+  // Empty sums with a maximum that is already known.
   C10_HOST_DEVICE static RowStats with_max(acc_t max) {
     RowStats stats;
     stats.max = max;
     return stats;
   }
 
-  // False for a NaN, which reaches the sums instead.
+  // False for NaN, which reaches the sums instead.
   C10_HOST_DEVICE bool raised_by(acc_t x) const { return x > max; }
 
   // Moves the sums to a new maximum, which must not be below the old one.
@@ -82,7 +82,7 @@ struct RowStats {
     return exp_shifted;
   }
 
-  // Adds a logit by what it adds to the sums: x - max and exp(x - max).
+  // Adds the terms of a logit to the sums: x - max and exp(x - max).
   C10_HOST_DEVICE void add_terms(acc_t shifted, acc_t exp_shifted) {
     sum_exp += exp_shifted;
     sum_shifted += shifted;
@@ -114,10 +114,10 @@ struct RowStats {
   }
 };
 
-// A row's part in the loss, in three coefficients: weight * (logsumexp(x) - <q, x>), where q gives
+// A row's loss in three coefficients: weight * (logsumexp(x) - <q, x>), where q gives
 // `label` to the class of the label and spreads `uniform` over all classes:
 //     <q, x> = label * x_y + uniform * mean(x),      label + uniform = 1
-// Where a coefficient is 0, what it multiplies takes no part: it may be infinite, or NaN.
+// A coefficient of 0 removes what it multiplies, even if that is infinite or NaN.
 template <typename acc_t>
 struct RowCoefficients {
   acc_t weight = 0;
@@ -133,14 +133,14 @@ struct RowCoefficients {
   }
 };
 
-// What a row's outputs are, from its statistics: for loops over rows, hence without branches and
-// with the logarithm as an argument. The cross-entropy of a row that nobody looked at is anything.
+// A row's outputs, computed from its statistics. For loops over rows: without branches, and with
+// the logarithm as an argument. The cross-entropy of an inactive row is arbitrary.
 template <typename acc_t>
 struct RowLoss {
   acc_t cross_entropy;
   acc_t loss;  // weighted
 
-  // What is shifted is the logit at the label, and the mean of all.
+  // label_shifted and mean_shifted: the logit at the label and the mean logit, minus the maximum.
   C10_HOST_DEVICE static RowLoss of_row(RowCoefficients<acc_t> row, acc_t log_sum,
                                         acc_t label_shifted, acc_t mean_shifted) {
     const acc_t of_label = select(row.label != acc_t(0), row.label * label_shifted, acc_t(0));
@@ -150,12 +150,12 @@ struct RowLoss {
   }
 };
 
-// The gradient of a row, scale * (softmax(x) - q): exp(x - max) * factor - offset, where the
-// exponential at the label is made less by `at_label`. Factor and offset are 0 in a row without a
-// weight. Both are quotients: they cancel where all logits of an outlier are equal. The softmax is
-// a quotient and not the exponential of a log-softmax: near the maximum x - max is small and exact,
-// where a logarithm of 5 would be rounded twice, to 2.4e-7 in float32, before the exponential makes
-// it a relative error.
+// The gradient of a row, scale * (softmax(x) - q), as exp(x - max) * factor - offset; the
+// exponential at the label is first reduced by `at_label`. Factor and offset are 0 in a row without
+// weight. Both are quotients, so they cancel where all logits of an outlier are equal. The softmax
+// is a quotient and not the exponential of a log-softmax: near the maximum, x - max is small and
+// exact. A logarithm of 5 would be rounded twice, to 2.4e-7 in float32, and the exponential would
+// make that a relative error.
 template <typename acc_t>
 struct GradientCoefficients {
   acc_t factor = 0;
@@ -172,7 +172,7 @@ struct GradientCoefficients {
   }
 };
 
-// The same for one logit after another. An inactive row has a weight of zero: its logits do not
+// The same gradient, one logit at a time. An inactive row has a weight of zero: its logits do not
 // count, whatever they are.
 template <typename acc_t>
 struct RowGradient {
