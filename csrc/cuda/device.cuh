@@ -1,5 +1,5 @@
-// What the kernels need of the device: wide loads, merges over a warp and a block, and a place for
-// what a thread reads twice.
+// What the kernels need from the device: wide loads, merges over a warp and a block, and a place
+// for data that a thread reads twice.
 #pragma once
 
 #include <cstring>
@@ -17,22 +17,22 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kVectorBytes = 16;
 
-// The second launch bound: one block fits a multiprocessor. Without it nvcc spills registers to fit
-// two, up to 288 bytes a thread.
+// The second launch bound: at least one block fits a multiprocessor. Without it nvcc spills
+// registers to fit two, up to 288 bytes per thread.
 constexpr int kMinBlocks = 1;
 
 // Elements of one 16-byte load.
 template <typename scalar_t>
 constexpr int kVectorSize = kVectorBytes / static_cast<int>(sizeof(scalar_t));
 
-// The number of this thread in its grid, and how many there are. All offsets that a kernel computes
-// start from these, or from blockIdx alone, in 64 bits.
+// The index of this thread in its grid, and the number of threads. All offsets in a kernel start
+// from these, or from blockIdx alone, in 64 bits.
 __device__ inline int64_t grid_thread() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 __device__ inline int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
-// kSize neighbouring elements, moved at once; aligned to their size.
+// kSize neighbouring elements, moved at once and aligned to their total size.
 template <typename scalar_t, int kSize>
 struct alignas(sizeof(scalar_t) * kSize) Vector {
   scalar_t values[kSize];
@@ -48,13 +48,13 @@ __device__ void store_vector(scalar_t* to, const Vector<scalar_t, kSize>& vector
   *reinterpret_cast<Vector<scalar_t, kSize>*>(to) = vector;
 }
 
-// What a thread has read and will read again, in dynamic shared memory. A thread reads back what it
-// wrote itself and nothing else, so that no barrier is needed.
+// Dynamic shared memory for data that a thread reads twice. A thread reads back only what it wrote
+// itself, so no barrier is needed.
 template <typename Unit>
 class Stage {
  public:
-  // `slots` has room for a number of units times the threads of the block, or is null: nothing is
-  // kept, and what is read again comes from global memory.
+  // `slots` has room for some units per thread of the block. Null: nothing is kept, and the second
+  // read comes from global memory.
   __device__ explicit Stage(unsigned char* slots) : slots_(reinterpret_cast<Unit*>(slots)) {}
 
   __device__ bool keeps() const { return slots_ != nullptr; }
@@ -62,13 +62,13 @@ class Stage {
   __device__ Unit get(int64_t slot) const { return slots_[index(slot)]; }
 
  private:
-  // Neighbouring threads lie next to one another: no bank conflicts.
+  // Neighbouring threads use neighbouring slots: no bank conflicts.
   __device__ static int64_t index(int64_t slot) { return slot * blockDim.x + threadIdx.x; }
 
   Unit* slots_;
 };
 
-// The value of the lane whose number differs in the bits of `mask`.
+// The value of the lane whose index differs in the bits of `mask`.
 template <typename T>
 __device__ RowStats<T> shuffle_xor(const RowStats<T>& stats, int mask) {
   RowStats<T> other;
@@ -94,9 +94,9 @@ __device__ inline GroupSums shuffle_xor(const GroupSums& sums, int mask) {
   return other;
 }
 
-// Merges the values of each group of `lanes` neighbouring lanes, a power of two, and gives the
-// result to all of them: the same bits, since merge() is commutative and the tree is symmetric. All
-// 32 lanes of the warp must call it.
+// Merges the values of each group of `lanes` neighbouring lanes, a power of two, and returns the
+// result to all of them. All get the same bits, since merge() is commutative and the tree is
+// symmetric. All 32 lanes of the warp must call it.
 template <typename T>
 __device__ T merge_lanes(T value, int lanes) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) {
@@ -105,12 +105,12 @@ __device__ T merge_lanes(T value, int lanes) {
   return value;
 }
 
-// Merges the values of a block, always in the same order, and gives the result to all threads. All
-// of them must call it, and the block must be whole warps.
+// Merges the values of a block in a fixed order and returns the result to all threads. All threads
+// must call it, and the block must be whole warps.
 //
-// Shared mem:  one T a warp.
+// Shared mem:  one T per warp.
 // Sync:        every warp waits for every warp's result; the second barrier keeps the next call
-//              from writing over what a slow warp still reads.
+//              from overwriting results that a slow warp still reads.
 template <typename T>
 __device__ T merge_block(T value) {
   constexpr int kMaxWarps = 1024 / kWarpSize;
@@ -135,16 +135,16 @@ __device__ T merge_block(T value) {
   return value;
 }
 
-// What one kernel of a call leaves for the next: a value a block. They are summed in a fixed order
-// and without atomics, so that the bits are the same every time.
+// Values that one kernel of a call leaves for the next, one per block. The next kernel sums them in
+// a fixed order and without atomics, so the bits are the same every time.
 struct Partials {
-  GroupCounts* counts = nullptr;  // [num_counts], before the rows; or null
-  GroupSums* sums = nullptr;      // [num_sums], by the rows; null for none
+  GroupCounts* counts = nullptr;  // [num_counts], from count_rows; or null
+  GroupSums* sums = nullptr;      // [num_sums], from the forward; null for none
   int num_counts = 0;
   int num_sums = 0;
 };
 
-// The sum of an array, for every thread of the block.
+// Merges an array; returns the result to every thread of the block.
 template <typename T>
 __device__ T merge_partials(const T* partials, int num_partials) {
   T total;
@@ -154,8 +154,8 @@ __device__ T merge_partials(const T* partials, int num_partials) {
   return merge_block(total);
 }
 
-// What the forward divides by where it writes the gradient: by counts that it was given, or by
-// those that the kernel before it has left.
+// The divisors of the gradient that the forward writes: from the given counts, or from those that
+// count_rows left.
 template <typename scalar_t, typename acc_t>
 __device__ GroupDivisors forward_divisors(const ForwardArgs<scalar_t, acc_t>& args,
                                           const Partials& partials) {
@@ -167,7 +167,7 @@ __device__ GroupDivisors forward_divisors(const ForwardArgs<scalar_t, acc_t>& ar
                            static_cast<double>(counts.outliers));
 }
 
-// The gradient of a row from the statistics that the forward left.
+// The gradient of a row, from the statistics that the forward saved.
 template <typename scalar_t, typename acc_t>
 __device__ RowGradient<acc_t> backward_gradient(const BackwardArgs<scalar_t, acc_t>& args,
                                                 int64_t row) {

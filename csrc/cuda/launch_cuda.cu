@@ -16,7 +16,7 @@
 namespace oe_ext::cuda {
 namespace {
 
-// What a launch may ask for. The harness makes both smaller, to run what needs more.
+// Limits of a launch. The CPU harness lowers both, to test inputs beyond them.
 #ifdef SIMT_CPU
 int64_t max_blocks() { return simt::max_blocks; }
 int64_t max_stage_bytes() { return simt::max_stage_bytes; }
@@ -28,10 +28,10 @@ constexpr int64_t max_stage_bytes() { return kMaxStageBytes; }
 constexpr int64_t kCountRowsPerThread = 16;
 constexpr int64_t kMaxCountBlocks = kMaxCountPartials;
 constexpr int kWarpTeamThreads = 128;
-constexpr int64_t kMaxWarpClasses = 1024;  // above, the whole block walks a row
+constexpr int64_t kMaxWarpClasses = 1024;  // above, the whole block processes a row
 
-// The one place that starts a kernel, whose launch bounds are max_threads. Under the CPU harness
-// simt::launch does, and refuses a larger block, as a GPU would.
+// The only place that starts a kernel; max_threads is its launch bound. In the CPU harness
+// simt::launch starts it, and refuses a larger block, as a GPU would.
 template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), int max_threads, int64_t num_blocks,
             int num_threads, int64_t shared_bytes, Stream stream, const Args&... args) {
@@ -76,14 +76,14 @@ bool pixels_are_aligned(const scalar_t* data, const RowLayout& layout) {
          layout.class_stride % kSize == 0 && is_aligned(data);
 }
 
-// Is it true of the logits, and of the gradient where one is written?
+// Does it hold for the logits, and for the gradient if one is written?
 template <typename Args>
 bool both_are(auto aligned, const Args& args) {
   return aligned(args.logits, args.layout) &&
          (args.grad_logits == nullptr || aligned(args.grad_logits, args.grad_layout));
 }
 
-// How the rows kernels are launched. A unit is what a thread moves at once.
+// The launch configuration of the rows kernels. A unit is what a thread moves at once.
 struct RowsPlan {
   RowsPlan(const RowLayout& layout, int64_t unit_size, int64_t unit_bytes) {
     const int64_t num_units = layout.num_classes / unit_size;
@@ -110,7 +110,7 @@ struct RowsPlan {
   int64_t stage_bytes;
 };
 
-// How the pixels kernels are launched: with as many threads as the stage has room for.
+// The launch configuration of the pixels kernels: as many threads as the stage has room for.
 struct PixelsPlan {
   PixelsPlan(const RowLayout& layout, int64_t unit_size, int64_t unit_bytes, bool wants_stage) {
     const int64_t thread_bytes = layout.num_classes * unit_bytes;
@@ -168,7 +168,7 @@ void backward_pixels(const BackwardArgs<scalar_t, acc_t>& args, Stream stream) {
                 kMaxPixelsThreads, plan.blocks, plan.threads, 0, stream, args);
 }
 
-// Chooses the walk and the width; returns how many blocks left a sum.
+// Chooses the kernel and its width; returns how many blocks left a sum.
 template <typename scalar_t, typename acc_t>
 int64_t forward_all_rows(const ForwardArgs<scalar_t, acc_t>& args, const Partials& partials,
                          Stream stream) {
@@ -181,7 +181,7 @@ int64_t forward_all_rows(const ForwardArgs<scalar_t, acc_t>& args, const Partial
   const PixelsPlan wide_plan(args.layout, kSize, kVectorBytes, wants_gradient);
   const PixelsPlan narrow_plan(args.layout, 1, sizeof(scalar_t), wants_gradient);
   const bool aligned = both_are(pixels_are_aligned<scalar_t>, args);
-  // Many classes fit the stage only one pixel at a time.
+  // With many classes, the stage fits only one pixel per thread.
   const bool wide = aligned && (wide_plan.fits_stage || !narrow_plan.fits_stage);
   return wide ? forward_pixels<kSize>(args, wide_plan, partials, stream)
               : forward_pixels<1>(args, narrow_plan, partials, stream);
@@ -224,7 +224,7 @@ void backward(const BackwardArgs<scalar_t, acc_t>& args, Stream stream) {
   }
 }
 
-#ifndef SIMT_CPU  // where what is used is compiled by its use
+#ifndef SIMT_CPU  // the harness instantiates what it uses
 #define OE_EXT_INSTANTIATE(scalar_t, acc_t)                                               \
   template void forward(const ForwardArgs<scalar_t, acc_t>& args, void* scratch, Stream); \
   template void backward(const BackwardArgs<scalar_t, acc_t>& args, Stream)

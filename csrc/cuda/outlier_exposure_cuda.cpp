@@ -1,5 +1,5 @@
-// The operators of the CUDA backend. They run on the current stream of the logits' device and wait
-// for nothing.
+// The operators of the CUDA backend. They run on the current stream of the logits' device and do
+// not synchronise.
 #include <c10/cuda/CUDAStream.h>
 
 #include "../ops/outlier_exposure_backend.h"
@@ -8,7 +8,7 @@
 namespace oe_ext {
 namespace {
 
-// The kernels assert that labels are legal: to learn it here would take a synchronisation.
+// The kernels assert that labels are legal: to report it here would take a synchronisation.
 constexpr int64_t kNoBadRow = -1;
 
 struct CudaBackend {

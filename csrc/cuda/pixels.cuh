@@ -6,16 +6,16 @@
 
 namespace oe_ext::cuda {
 
-// Classes whose loads are in flight at once in one thread.
+// How many classes a thread loads at once.
 template <int kSize>
 constexpr int kClassesAtOnce = kSize > 1 ? 4 : static_cast<int>(kClassBlock);
 
-// The most threads of a block, and the launch bounds. A thread that holds several rows takes up to
-// 212 registers: of larger blocks, fewer threads would fit a multiprocessor.
+// The largest block, and the launch bound. A thread that holds several rows takes up to 212
+// registers: with larger blocks, fewer threads would fit a multiprocessor.
 constexpr int kMaxPixelsThreads = 128;
 
-// The statistics of kSize neighbouring rows that start at `x`. `stage` keeps their logits, by
-// class.
+// The statistics of kSize neighbouring rows, the first of them at `x`. `stage` keeps their logits
+// by class.
 template <int kSize, typename scalar_t, typename acc_t>
 __device__ void pixel_stats(const scalar_t* x, const RowLayout& layout,
                             const Stage<Vector<scalar_t, kSize>>& stage,
@@ -54,8 +54,8 @@ __device__ void pixel_stats(const scalar_t* x, const RowLayout& layout,
   }
 }
 
-// Writes the gradients of kSize neighbouring rows: zeros where a row does not count; where none of
-// them does, without a look at the logits. These come from `stage`, if it keeps them.
+// Writes the gradients of kSize neighbouring rows, zeros for rows that do not count. Reads the
+// logits only if one of the rows counts: from `stage`, if it keeps them.
 template <int kSize, typename scalar_t, typename acc_t>
 __device__ void write_pixel_gradients(const RowGradient<acc_t> (&gradients)[kSize],
                                       const scalar_t* x, const RowLayout& layout, scalar_t* grad,
@@ -89,23 +89,23 @@ __device__ void write_pixel_gradients(const RowGradient<acc_t> (&gradients)[kSiz
   }
 }
 
-// The loss and the statistics of every row, and, where it is asked for, the gradient for an
-// upstream gradient of 1.
+// The loss and the statistics of every row and, on request, the gradient for an upstream gradient
+// of 1.
 // Work split:  one thread per kSize neighbouring rows, neighbouring threads on neighbouring rows; a
-//              thread reads its classes in their order, kClassesAtOnce at a time. Threads stride
-//              over the rows
-// Reads:       logits, 1 pass, coalesced where the row stride is 1, and the one at the label again;
-//              a second pass where the gradient is asked for and the stage has no room; labels and
-//              alpha [num_rows]; partials.counts
-// Writes:      row_loss, row_cross_entropy, row_max, row_sum_exp where asked for, [num_rows];
-//              grad_logits where asked for, 1 pass, zeros where a row does not count;
+//              thread reads the classes in order, kClassesAtOnce at a time. Threads stride over the
+//              rows
+// Reads:       logits, 1 pass, coalesced if the row stride is 1, plus the logit at the label; a
+//              second pass for the gradient if the stage has no room; labels and alpha [num_rows];
+//              partials.counts
+// Writes:      on request row_loss, row_cross_entropy, row_max, row_sum_exp, [num_rows], and
+//              grad_logits, 1 pass, zeros for rows that do not count;
 //              partials.sums [gridDim.x]
-// Shared mem:  merge_block's; dynamic: the stage, num_classes units a thread, or none
-// Sync:        merge_block's, before and after the loop over rows, which has none
+// Shared mem:  merge_block's; dynamic: the stage, num_classes units per thread, or none
+// Sync:        merge_block's, before and after the loop over rows; none within the loop
 // Numerics:    acc_t; a running maximum and sums relative to it. -inf and NaN: see RowStats. The
 //              sums over rows are in double
 // Assumes:     blockDim.x is a multiple of 32, at most kMaxPixelsThreads (launch_cuda.cu)
-// Used when:   the row stride is below the class stride; kSize > 1 where num_inner is a multiple of
+// Used when:   the row stride is below the class stride; kSize > 1 if num_inner is a multiple of
 //              kSize, and every class of the logits and of the gradient is aligned
 template <typename scalar_t, typename acc_t, int kSize>
 __global__ void __launch_bounds__(kMaxPixelsThreads, kMinBlocks)
@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kMaxPixelsThreads, kMinBlocks)
 // The gradient of every row.
 // Work split:  as the forward kernel's
 // Reads:       logits, 1 pass; the statistics, labels, alpha and upstream gradient of each row.
-//              Where the forward wrote the gradient and the upstream gradient is 1: that one number
-// Writes:      grad_logits, 1 pass; zeros where a row does not count
+//              Only the upstream gradient, if it is 1 and the forward wrote the gradient
+// Writes:      grad_logits, 1 pass; zeros for rows that do not count
 // Shared mem:  none     Sync: none
 // Numerics:    acc_t until the store: the upstream gradient multiplies before the cast
 // Assumes:     blockDim.x is at most kMaxPixelsThreads

@@ -1,16 +1,16 @@
-// The kernels before and after the rows: the counts of both groups, which a mean's gradient is
-// divided by, and the loss from the sums of all blocks.
+// The kernels before and after the rows: the counts of both groups, by which the gradient of a mean
+// is divided, and the loss from the sums of all blocks.
 #pragma once
 
 #include "device.cuh"
 
 namespace oe_ext::cuda {
 
-// The threads of a block, and the launch bounds.
+// The block size, and the launch bound.
 constexpr int kReduceThreads = 256;
 
 // The counts of each block's labels.
-// Work split:  thread i of all takes rows i, i + threads, ...; a block merges its threads
+// Work split:  thread i of the grid takes rows i, i + threads, ...; a block merges its threads
 // Reads:       labels [num_rows], 1 pass
 // Writes:      partials [gridDim.x]
 // Shared mem:  merge_block's     Sync: merge_block's; the loop before it has no barrier

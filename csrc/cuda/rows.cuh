@@ -5,12 +5,12 @@
 
 namespace oe_ext::cuda {
 
-// The most threads of a block, and the launch bounds. 512 would leave a thread 128 registers, and
-// double takes up to 204.
+// The largest block, and the launch bound. 512 threads would leave each 128 registers, and double
+// takes up to 204.
 constexpr int kMaxRowsThreads = 256;
 
-// The threads that walk a row together: some lanes of a warp, a power of two of them, or the whole
-// block. A block walks blockDim.x / lanes rows at once.
+// The threads that process a row together: some lanes of a warp, a power of two, or the whole
+// block. A block processes blockDim.x / lanes rows at once.
 struct Team {
   __device__ explicit Team(int lanes)
       : lanes(lanes),
@@ -18,7 +18,7 @@ struct Team {
         index(static_cast<int>(threadIdx.x) / lanes),
         teams(static_cast<int>(blockDim.x) / lanes) {}
 
-  // The first row of the block, and the step to its next one.
+  // The first row of the block, and the step to its next row.
   __device__ int64_t first_row() const { return static_cast<int64_t>(blockIdx.x) * teams; }
   __device__ int64_t row_step() const { return static_cast<int64_t>(gridDim.x) * teams; }
 
@@ -34,7 +34,7 @@ struct Team {
 };
 
 // How a team walks a row of the logits or of their gradient: lane i takes the units i, i + lanes,
-// ..., of kSize classes each, then at most one of the classes that fill no unit. With kSize > 1 the
+// ..., of kSize classes each, then at most one of the classes that fill no unit. If kSize > 1, the
 // classes are contiguous, the row is aligned to kSize elements, and there are at least kSize lanes.
 template <int kSize>
 struct RowWalk {
@@ -45,7 +45,7 @@ struct RowWalk {
         rest(num_units * kSize + team.lane),
         has_rest(rest < num_classes) {}
 
-  // The unit that the lane takes in its step `step`.
+  // The unit that the lane takes in this step.
   __device__ int64_t unit(int64_t step) const { return lane + step * lanes; }
 
   int64_t num_units;
@@ -61,11 +61,11 @@ __device__ Vector<scalar_t, kSize> load_unit(const scalar_t* row, const RowLayou
   return load_vector<kSize>(row + layout.class_offset(unit * kSize));
 }
 
-// Units whose loads are in flight at once in one thread.
+// How many units a thread loads at once.
 template <int kSize>
 constexpr int kUnitsAtOnce = static_cast<int>(kClassBlock) / kSize;
 
-// The statistics of those logits of a row that fall to one lane. `stage` keeps its units.
+// The statistics of one lane's share of a row. `stage` keeps its units.
 template <int kSize, typename acc_t, typename scalar_t>
 __device__ RowStats<acc_t> lane_stats(const scalar_t* row, const RowLayout& layout,
                                       const RowWalk<kSize>& walk,
@@ -109,8 +109,8 @@ __device__ RowStats<acc_t> lane_stats(const scalar_t* row, const RowLayout& layo
   return stats;
 }
 
-// Writes the gradients that fall to one lane: zeros, without a look at the logits, where the row
-// does not count. The logits come from `stage`, if it keeps them.
+// Writes the gradients of one lane's share of a row: zeros if the row does not count, without
+// reading its logits. The logits come from `stage`, if it keeps them.
 template <int kSize, typename scalar_t, typename acc_t>
 __device__ void write_lane_gradients(const RowGradient<acc_t>& gradient, const scalar_t* row,
                                      const RowLayout& layout, scalar_t* grad_row,
@@ -146,25 +146,25 @@ __device__ void write_lane_gradients(const RowGradient<acc_t>& gradient, const s
   }
 }
 
-// The loss and the statistics of every row, and, where it is asked for, the gradient for an
-// upstream gradient of 1.
+// The loss and the statistics of every row and, on request, the gradient for an upstream gradient
+// of 1.
 // Work split:  one team of `lanes` threads per row; blocks stride over the rows
-// Reads:       logits [num_rows, num_classes], 1 pass, and the one at the label again, and those
-//              that fill no vector; a second pass where the gradient is asked for and a row does
-//              not fit the stage (the block has just read it: from L2); labels and alpha
-//              [num_rows]; partials.counts
-// Writes:      row_loss, row_cross_entropy, row_max, row_sum_exp where asked for, [num_rows];
-//              grad_logits where asked for, 1 pass, zeros where a row does not count;
+// Reads:       logits [num_rows, num_classes], 1 pass, plus the logit at the label; for the
+//              gradient again those that fill no vector, and all if a row does not fit the stage
+//              (from L2: the block has just read them); labels and alpha [num_rows];
+//              partials.counts
+// Writes:      on request row_loss, row_cross_entropy, row_max, row_sum_exp, [num_rows], and
+//              grad_logits, 1 pass, zeros for rows that do not count;
 //              partials.sums [gridDim.x]
 // Shared mem:  merge_block's; dynamic: the stage, for the units of blockDim.x / lanes rows, or none
-// Sync:        shuffles within a warp and the barriers of merge_block, which all threads reach: the
-//              loop over rows depends on the block alone
+// Sync:        shuffles within a warp and the barriers of merge_block. All threads reach them: the
+//              trip count of the loop over rows depends on the block alone
 // Numerics:    acc_t; each lane keeps a running maximum and sums relative to it, which merge in a
 //              fixed order. -inf and NaN: see RowStats. The sums over rows are in double
 // Assumes:     blockDim.x is a multiple of 32 and of lanes, at most kMaxRowsThreads; lanes is a
 //              power of two up to 32, or blockDim.x (launch_cuda.cu)
-// Used when:   the class stride is not above the row stride; kSize > 1 where every row of the
-//              logits and of the gradient is aligned
+// Used when:   the class stride is not above the row stride; kSize > 1 if every row of the logits
+//              and of the gradient is aligned
 template <typename scalar_t, typename acc_t, int kSize>
 __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
     outlier_exposure_forward_rows_kernel(ForwardArgs<scalar_t, acc_t> args, Partials partials,
@@ -214,9 +214,9 @@ __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
 // The gradient of every row.
 // Work split:  as the forward kernel's
 // Reads:       logits [num_rows, num_classes], 1 pass; the statistics, labels, alpha and upstream
-//              gradient of each row. Where the forward wrote the gradient and the upstream gradient
-//              is 1: that one number
-// Writes:      grad_logits, 1 pass; zeros where a row does not count
+//              gradient of each row. Only the upstream gradient, if it is 1 and the forward wrote
+//              the gradient
+// Writes:      grad_logits, 1 pass; zeros for rows that do not count
 // Shared mem:  none     Sync: none
 // Numerics:    acc_t until the store: the upstream gradient multiplies before the cast
 // Assumes:     as the forward kernel
