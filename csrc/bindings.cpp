@@ -1,5 +1,5 @@
-// oe_ext._C (the JIT gives it a name of its own): importing it registers the operators; beside that
-// it tells how it was built.
+// oe_ext._C (the JIT build gives it another name). Importing it registers the operators; its
+// functions tell how it was built.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"

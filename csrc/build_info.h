@@ -1,5 +1,5 @@
-// What the build passes in by macros. Macro values arrive without quotes, since torch's JIT build
-// does not quote, and become text here; a list comes with commas.
+// Build settings that arrive as macros. Their values come without quotes, since torch's JIT build
+// does not quote, and become text here; lists contain commas.
 #pragma once
 
 #define OE_EXT_TEXT_OF(...) #__VA_ARGS__
@@ -14,7 +14,7 @@
 
 namespace oe_ext {
 
-// The loader reads the part after '=' from the file itself, before it loads it: a library that was
+// The loader reads the part after '=' from the file before it loads the library: a library that was
 // built with another torch may crash on load, or seem to work.
 inline constexpr const char kTorchMarker[] =
     "oe_ext-built-with-torch=" OE_EXT_TEXT(OE_EXT_TORCH_VERSION);

@@ -1,5 +1,5 @@
-// What differs between the releases of torch that we build with (2.11 to 2.15): each difference
-// with the last release that needs it.
+// Differences between the releases of torch that we build with (2.11 to 2.15), each with the last
+// release that needs it.
 #pragma once
 
 #include <torch/csrc/autograd/function.h>
@@ -13,8 +13,8 @@
 
 namespace oe_ext {
 
-// To 2.12 an autograd node is a std::shared_ptr, which must be made with torch's own deleter: a
-// long graph would else be freed by recursion. Since 2.13 it is an intrusive pointer.
+// Up to 2.12 an autograd node is a std::shared_ptr. It needs the deleter of torch, otherwise a long
+// graph is freed by recursion. Since 2.13 it is an intrusive pointer.
 #if OE_EXT_TORCH_BEFORE(2, 13)
 template <typename Node>
 using NodePtr = std::shared_ptr<Node>;

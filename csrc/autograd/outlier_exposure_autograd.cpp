@@ -1,9 +1,9 @@
-// Which gradient belongs to which operator.
+// Registers the gradient of each operator.
 //
-// Own Nodes, as PyTorch's generated code has them, and not torch::autograd::Function: torch.func
-// refuses the latter. An operator whose inputs have gradients makes a Node, computes below
-// autograd, and adds tangents where forward-mode AD asks for them. The loss and its backward
-// operator are both differentiable, in both modes, to any order.
+// Uses Nodes of its own, like PyTorch's generated code, since torch.func refuses
+// torch::autograd::Function. An operator whose inputs need gradients makes a Node, computes below
+// autograd, and adds tangents for forward-mode AD. The loss and its backward operator are both
+// differentiable, in both modes, to any order.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -22,10 +22,10 @@ void set_tangent(const at::Tensor& output, const at::Tensor& tangent) {
   output._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
 }
 
-// Should the forward pass write the gradient too, for an upstream gradient of 1? That saves a read
-// of the logits. Not in float16, where a scale that comes later comes too late; not where the call
-// is traced or transformed, which would have to copy the gradient; not where the user's hooks
-// decide what is kept for the backward.
+// Should the forward pass also write the gradient for an upstream gradient of 1? That saves a read
+// of the logits. Not in float16, where a later scale comes after the rounding; not if the call is
+// traced or transformed, which would have to copy the gradient; not if the user's hooks decide what
+// is saved for the backward.
 bool wants_unit_gradient(const LossInputs& inputs) {
   const auto is_plain = [](const at::Tensor& tensor) { return !at::isTensorSubclassLike(tensor); };
   return torch::autograd::compute_requires_grad(inputs.logits) &&
@@ -35,9 +35,9 @@ bool wants_unit_gradient(const LossInputs& inputs) {
          !at::SavedTensorDefaultHooks::get_hooks().has_value();
 }
 
-// Logits whose layout the kernels cannot read are copied here, once, and the copy is what the
-// backward reads again. Its memory format is also the gradient's: a crop of channels_last images
-// stays channels_last.
+// Copies logits with a layout that the kernels cannot read, once; the backward reads the copy
+// again. The gradient gets the memory format of the copy: a crop of channels_last images stays
+// channels_last.
 at::Tensor readable_logits(const at::Tensor& logits) {
   const bool has_strides = logits.layout() == at::kStrided && logits.dim() >= 2 &&
                            !logits.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
@@ -58,8 +58,8 @@ struct AutogradKernels {
     return call_loss(inputs);
   }
 
-  // The loss has a derivative; the statistics have none of their own. Whoever differentiates the
-  // backward operator differentiates them with the logits.
+  // Only the loss has a derivative here, not the statistics. The derivative of the backward
+  // operator covers them, by way of the logits.
   static ForwardResult forward(const LossInputs& inputs, const OptionalTensor& counts,
                                std::optional<bool> unit_gradient) {
     NodePtr<OutlierExposureLossBackward0> node;
@@ -124,7 +124,7 @@ struct AutogradKernels {
 
 TORCH_LIBRARY_IMPL(oe_ext, Autograd, m) {
   OutlierExposureKernels<AutogradKernels>::register_for(m);
-  // The node calls it below autograd. Whoever else calls it is told that it records no graph.
+  // The node calls it below autograd. Other callers get an error that it is not differentiable.
   m.impl("_outlier_exposure_loss_backward_from_unit",
          torch::autograd::autogradNotImplementedFallback());
 }

@@ -1,4 +1,5 @@
-// How compiled autograd traces through our nodes. In a file of its own for its header's sake.
+// How compiled autograd traces our nodes. A file of its own, to keep compiled autograd's header out
+// of the others.
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include "outlier_exposure_nodes.h"

@@ -23,13 +23,15 @@ at::Tensor where_or_zero(const at::Tensor& mask, const at::Tensor& values) {
   return at::where(mask, values, at::zeros({}, values.options()));
 }
 
-// A copy where they do not lie so, in which each sum over classes is one over neighbours.
+// Moves the classes to the last axis, copying if necessary, so that sums over classes add
+// neighbours in memory.
 at::Tensor with_classes_last(const at::Tensor& like_logits) {
   return like_logits.movedim(kClassAxis, -1).contiguous();
 }
 
-// 1 over what a group's losses are divided by, with an axis for each of the target's: of 0-dim
-// tensors vmap asks the first sample, and there may be none.
+// 1 / divisor of a group, with one axis for each axis of the target: vmap reads the first sample of
+// 0-dim tensors, and a batch may be empty. An empty group's divisor becomes 1: it divides nothing,
+// but must not be 0.
 at::Tensor group_scale(const Divisor& divisor, const at::Tensor& counts, const at::Tensor& one,
                        int64_t num_axes) {
   if (!divisor.counts()) {

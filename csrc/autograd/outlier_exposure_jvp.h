@@ -5,7 +5,7 @@
 
 namespace oe_ext {
 
-// The tangent of a tensor; undefined where it has none.
+// The tangent of a tensor; undefined if it has none.
 at::Tensor tangent_of(const OptionalTensor& tensor);
 
 template <typename... Tensors>
@@ -13,7 +13,7 @@ bool any_tangent(const Tensors&... tensors) {
   return (tangent_of(tensors).defined() || ...);
 }
 
-// Of the loss, and of the backward operator's result; counts are those that a mean divides by.
+// The tangents of the loss and of the result of the backward operator. A mean divides by counts.
 at::Tensor loss_jvp(const LossInputs& inputs, const at::Tensor& counts);
 at::Tensor backward_jvp(const at::Tensor& grad, const LossInputs& inputs, const at::Tensor& counts);
 

@@ -21,7 +21,7 @@ SavedVariable save(const OptionalTensor& tensor) {
   return SavedVariable(tensor, /*is_output=*/false);
 }
 
-// A value a position, summed to the shape and the dtype of alpha.
+// Sums one value per position to the shape of alpha, in its dtype.
 at::Tensor alpha_gradient(const at::Tensor& per_row, const at::Tensor& alpha) {
   return sum_like(per_row, alpha).to(alpha.scalar_type());
 }
@@ -70,7 +70,8 @@ at::Tensor OutlierExposureLossBackward0::logits_gradient(const at::Tensor& grad,
   const at::Tensor row_max = saved_[kRowMax].unpack();
   const at::Tensor row_sum_exp = saved_[kRowSumExp].unpack();
   const RowStatistics statistics = {row_max, row_sum_exp, counts};
-  // Only where this is the last backward, nobody records it, and nobody else has the tensor.
+  // In place only if this is the last backward, nobody records it, and nobody else holds the
+  // tensor.
   if (unit_gradient_.defined() && unit_gradient_.use_count() == 1 &&
       !torch::autograd::get_current_graph_task_keep_graph() && !at::GradMode::is_enabled() &&
       !at::isTensorSubclassLike(grad) && !any_tangent(grad, inputs.logits, inputs.alpha_tensor)) {

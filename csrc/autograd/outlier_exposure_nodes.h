@@ -1,4 +1,4 @@
-// The nodes of the autograd graph: what they save, and which gradients they compute.
+// The nodes of the autograd graph: the tensors they save, and the gradients they compute.
 #pragma once
 
 #include <torch/csrc/autograd/function.h>
@@ -12,7 +12,7 @@
 
 namespace oe_ext {
 
-// What both nodes keep: the inputs of the loss.
+// Saves the inputs of the loss; the base of both nodes.
 struct LossNode : torch::autograd::Node {
   void save_inputs(const LossInputs& inputs, const at::Tensor& counts);
 
@@ -27,7 +27,7 @@ struct LossNode : torch::autograd::Node {
  protected:
   OptionalTensor unpack_alpha() const;
 
-  // All saved tensors, in one array, so that none is forgotten where all must be visited.
+  // All saved tensors are in one array, so that loops over it miss none.
   enum Slot { kLogits, kTarget, kCounts, kAlpha, kFirstOwn, kNumSlots = kFirstOwn + 3 };
   std::array<torch::autograd::SavedVariable, kNumSlots> saved_;
   LossOptions options_;
@@ -46,8 +46,8 @@ struct OutlierExposureLossBackward0 : LossNode {
   at::Tensor logits_gradient(const at::Tensor& grad, const LossInputs& inputs,
                              const at::Tensor& counts);
 
-  // The gradient for an upstream gradient of 1, which the forward wrote; or undefined. Not a saved
-  // variable: it is nobody else's, so the last backward may finish it in place and return it.
+  // The gradient for an upstream gradient of 1 that the forward wrote, or undefined. Not a saved
+  // variable: nobody else holds it, so the last backward may finish it in place and return it.
   at::Tensor unit_gradient_;
 };
 

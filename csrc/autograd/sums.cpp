@@ -6,8 +6,8 @@
 namespace oe_ext {
 namespace {
 
-// The axes of a shape that values broadcast to: first those that values have, then those along
-// which they repeat.
+// The axes of the repeated tensor: first those that `values` has itself, then those along which it
+// repeats.
 struct Axes {
   std::vector<int64_t> order;
   int64_t num_own = 0;
@@ -78,7 +78,7 @@ at::Tensor repeat_like(const at::Tensor& values, const at::Tensor& like) {
   while (own.dim() < like.dim()) {
     own = own.unsqueeze(0);
   }
-  // In two steps, the derivative of the second of which sums two at a time.
+  // In two steps: the derivative of the second step computes two sums at a time.
   const at::Tensor twice = two_of(own.permute(axes.order));
   c10::SymDimVector sizes = {2};
   for (const int64_t axis : axes.order) {

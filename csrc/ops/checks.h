@@ -1,6 +1,6 @@
-// All validation of what a caller hands in. Every backend calls it, the Meta backend too: inference
-// mode skips the autograd layer. Nothing here reads a tensor's elements, so nothing synchronises;
-// labels are checked by the kernels.
+// All validation of a caller's arguments. Every backend calls it, also Meta: inference mode skips
+// the autograd layer. Nothing here reads a tensor's elements, so nothing synchronises; the kernels
+// check the labels.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -21,7 +21,7 @@ inline at::ScalarType loss_dtype(const at::Tensor& logits) {
   return at::toOpMathType(logits.scalar_type());
 }
 
-// As which labels of this dtype are read; none if they cannot be.
+// How labels of this dtype are read; none if the dtype holds no labels.
 inline std::optional<LabelType> label_type(at::ScalarType dtype) {
   switch (dtype) {
     case at::kLong:
@@ -43,7 +43,7 @@ inline std::optional<LabelType> label_type(at::ScalarType dtype) {
   }
 }
 
-// What to do with a target of a dtype that holds no labels.
+// Advice for a target whose dtype holds no labels.
 inline std::string_view label_advice(at::ScalarType dtype) {
   if (at::isFloatingType(dtype)) {
     return "; soft labels are not supported by this loss, and class numbers that are stored as "
@@ -102,7 +102,7 @@ inline void check_same_device(const at::Tensor& logits, const at::Tensor& other,
               " must be on the same device, got ", logits.device(), " and ", other.device());
 }
 
-// alpha is a number, or a tensor with one weight a position; the tensor wins.
+// alpha is a number, or a tensor with one weight per position; the tensor takes precedence.
 inline void check_alpha(const LossInputs& inputs) {
   const auto& [logits, target, alpha_tensor, options] = inputs;
   const double alpha = options.alpha;
@@ -119,7 +119,8 @@ inline void check_alpha(const LossInputs& inputs) {
   const c10::SymIntArrayRef to = target.sym_sizes();
   bool broadcasts = from.size() <= to.size();
   for (size_t back = 1; broadcasts && back <= from.size(); ++back) {
-    // A size that torch.compile does not know is taken to be the target's, and looked at when run.
+    // A size that torch.compile does not know is assumed to be that of the target, and checked at
+    // run time.
     const c10::SymInt& size = from[from.size() - back];
     broadcasts = TORCH_GUARD_OR_FALSE(size.sym_eq(1)) ||
                  size.sym_eq(to[to.size() - back]).expect_true(__FILE__, __LINE__);
@@ -128,7 +129,7 @@ inline void check_alpha(const LossInputs& inputs) {
                     " does not broadcast against target of shape ", to);
 }
 
-// That the logits can be those of the classes of the options.
+// Checks that the logits fit num_classes and first_class.
 inline void check_classes(const LossInputs& inputs) {
   const LossOptions& options = inputs.options;
   if (!options.is_part()) {
@@ -152,7 +153,7 @@ inline void check_inputs(const LossInputs& inputs) {
   check_classes(inputs);
 }
 
-// Reports the row that a kernel found to have no legal label; -1 is none.
+// Reports the row in which a kernel found an illegal label; -1 is none.
 inline void check_labels(int64_t bad_row, const Labels& labels, const at::Tensor& target) {
   if (bad_row < 0) {
     return;
@@ -184,7 +185,7 @@ inline void check_labels(int64_t bad_row, const Labels& labels, const at::Tensor
                     " (C = ", rule.num_classes, ")", advice);
 }
 
-// counts are what a mean divides by: of inliers and of outliers.
+// counts: of inliers and of outliers, the divisors of a mean.
 inline void check_counts(const char* name, const at::Tensor& logits, const at::Tensor& counts,
                          int64_t size) {
   TORCH_CHECK(
@@ -194,7 +195,7 @@ inline void check_counts(const char* name, const at::Tensor& logits, const at::T
   check_same_device(logits, counts, "counts");
 }
 
-// What the forward operator is given beside the inputs of the loss.
+// Checks the arguments that the forward operator has beside the inputs of the loss.
 inline void check_forward(const LossInputs& inputs, const OptionalTensor& counts,
                           bool unit_gradient) {
   constexpr const char* kName = "_outlier_exposure_loss_forward";
@@ -209,7 +210,7 @@ inline void check_forward(const LossInputs& inputs, const OptionalTensor& counts
   }
 }
 
-// What the backward operator is given beside the inputs of the loss.
+// Checks the arguments that the backward operator has beside the inputs of the loss.
 inline void check_backward(const at::Tensor& grad, const LossInputs& inputs,
                            const RowStatistics& statistics) {
   constexpr const char* kName = "_outlier_exposure_loss_backward";

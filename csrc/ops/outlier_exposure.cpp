@@ -1,4 +1,4 @@
-// The schemas of the operators, and the C++ function that calls them.
+// The schemas of the operators, and the C++ functions that call them.
 #include "outlier_exposure.h"
 
 #include <torch/library.h>
@@ -12,8 +12,8 @@ namespace oe_ext {
 TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 
-  // The overload with a tensor stands first: where an overload is chosen by its arguments, a
-  // 0-dim alpha would otherwise turn into a number and lose its gradient.
+  // The overload with a tensor comes first: overload resolution by arguments would otherwise turn a
+  // 0-dim alpha into a number, which loses its gradient.
   m.def(
       "outlier_exposure_loss.tensor_alpha(Tensor logits, Tensor target, Tensor alpha, "
       "str reduction=\"mean\", *, SymInt? ignore_index=None, SymInt? ood_index=None) -> Tensor",
@@ -23,17 +23,18 @@ TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
       "str reduction=\"mean\", *, SymInt? ignore_index=None, SymInt? ood_index=None) -> Tensor",
       tags);
 
-  // The loss with what its backward needs. Where alpha_tensor is given, it stands for alpha. Where
-  // num_classes is given, the logits are those of some of so many classes, from first_class on, and
-  // the losses those of the part alone; it has no derivative.
+  // The loss, with the values that its backward needs. alpha_tensor, if given, replaces alpha. With
+  // num_classes, the logits hold only a part of that many classes, from first_class on. The loss is
+  // then that of the part alone, and has no derivative.
   //   row_cross_entropy  shape of target: the loss before its weight, for the gradient of
   //                      alpha_tensor; empty without one
   //   row_max, row_sum_exp  shape of target: the maximum, and the sum of exp(logit - maximum)
-  //   counts             float64 [2]: of inliers and of outliers, what a mean divides by: those
-  //                      that were given, or those of this target; empty for "none"
-  //   unit_gradient      shape of logits: the gradient for an upstream gradient of 1, or empty. It
-  //                      is written where True asks for it (not for "none"), and where None lets
-  //                      the operator decide and a backward will want it
+  //   counts             float64 [2]: the numbers of inliers and of outliers that a mean divides
+  //   by,
+  //                      given or counted in this target; empty for "none"
+  //   unit_gradient      shape of logits: the gradient for an upstream gradient of 1, or empty.
+  //                      True requests it (not for "none"); with None the operator writes it if a
+  //                      backward will want it
   m.def(
       "_outlier_exposure_loss_forward(Tensor logits, Tensor target, float alpha, "
       "Tensor? alpha_tensor, str reduction, SymInt? ignore_index, SymInt? ood_index, "
@@ -42,8 +43,8 @@ TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
       "Tensor row_sum_exp, Tensor counts, Tensor unit_gradient)",
       tags);
 
-  // The gradient with respect to the logits. Of logits of some of the classes, it is that of the
-  // loss of all, if the statistics are.
+  // The gradient with respect to the logits. For a part of the classes, it is that of the loss over
+  // all classes if the statistics are those of all classes.
   m.def(
       "_outlier_exposure_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor row_max, "
       "Tensor row_sum_exp, Tensor counts, float alpha, Tensor? alpha_tensor, str reduction, "
@@ -51,8 +52,8 @@ TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
       "-> Tensor",
       tags);
 
-  // The same, in place: turns the gradient for an upstream gradient of 1 into that for grad. Where
-  // grad is 1, that is all it reads, and no host waits to learn it.
+  // The same in place: turns the gradient for an upstream gradient of 1 into that for grad. If grad
+  // is 1, it reads only grad, and the host does not wait for its value.
   m.def(
       "_outlier_exposure_loss_backward_from_unit(Tensor(a!) unit_gradient, Tensor grad, "
       "Tensor logits, Tensor target, Tensor row_max, Tensor row_sum_exp, Tensor counts, "

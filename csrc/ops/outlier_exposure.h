@@ -1,5 +1,5 @@
-// The operators of the loss: their arguments in structs, how these are unpacked where a kernel is
-// registered, and how the operators are called. Their schemas are in outlier_exposure.cpp.
+// The operators of the loss: their arguments as structs, how registered kernels receive these, and
+// functions that call the operators. The schemas are in outlier_exposure.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,12 +16,12 @@
 
 namespace oe_ext {
 
-// Symbolic down to the kernels: a special label may be a size, or a number that torch.compile does
-// not know.
+// Symbolic as far as the kernels: a special label may be a size, or a number that torch.compile
+// does not know.
 using OptionalSymInt = std::optional<c10::SymInt>;
 using OptionalTensor = std::optional<at::Tensor>;
 
-// By its name. Throws c10::ValueError for any other.
+// Finds a reduction by name. Throws c10::ValueError for an unknown name.
 inline const Reduction& parse_reduction(std::string_view name) {
   if (const Reduction* found = find_reduction(name)) {
     return *found;
@@ -40,22 +40,23 @@ struct LossOptions {
   Reduction reduction = *find_reduction("none");
   OptionalSymInt ignore_index = std::nullopt;
   OptionalSymInt ood_index = std::nullopt;
-  // Where the logits are those of some classes: how many there are in all, and which comes first.
+  // If the logits hold only a part of the classes: the number of all classes, and the first one
+  // here.
   OptionalSymInt num_classes = std::nullopt;
   c10::SymInt first_class = 0;
 
   bool is_part() const { return num_classes.has_value(); }
 };
 
-// What the loss is computed of. Refers to the caller's tensors.
+// The inputs of the loss, as references to the caller's tensors.
 struct LossInputs {
   const at::Tensor& logits;
   const at::Tensor& target;
-  const OptionalTensor& alpha_tensor;  // stands for the alpha of the options, where it is given
+  const OptionalTensor& alpha_tensor;  // if given, replaces the alpha of the options
   LossOptions options;
 };
 
-// What a forward leaves for the backward.
+// Values that a forward saves for the backward.
 struct RowStatistics {
   const at::Tensor& row_max;
   const at::Tensor& row_sum_exp;
@@ -67,7 +68,7 @@ using ForwardResult =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Registers Kernels::loss, forward, backward and backward_from_unit, which take the structs above,
-// as kernels of the operators. The one place that spells the arguments as the dispatcher passes
+// as kernels of the operators. Only this struct spells out the arguments as the dispatcher passes
 // them.
 template <typename Kernels>
 struct OutlierExposureKernels {
@@ -147,7 +148,7 @@ struct OutlierExposureKernels {
   }
 };
 
-// The operators, through the dispatcher.
+// Call the operators through the dispatcher.
 at::Tensor call_loss(const LossInputs& inputs);
 ForwardResult call_forward(const LossInputs& inputs, const OptionalTensor& counts,
                            std::optional<bool> unit_gradient);

@@ -1,10 +1,10 @@
-// The entry points of every backend that computes: tensors in, raw pointers to the kernels,
-// tensors out. A backend supplies two static function templates:
-//     forward(ForwardArgs)    whatever the arguments have room for: the loss, the statistics of
-//                             every row, the gradient for an upstream gradient of 1
+// The entry points of the CPU and CUDA backends. They take and return tensors, and pass raw
+// pointers to the kernels. A backend supplies two static function templates:
+//     forward(ForwardArgs)    the outputs whose pointers are set: the loss, the statistics of every
+//                             row, the gradient for an upstream gradient of 1
 //     backward(BackwardArgs)  the gradient of every row
-// Both return the first row whose label is not legal, or -1. A device that cannot tell without a
-// synchronisation asserts in its kernel and returns -1.
+// Both return the first row with an illegal label, or -1. A device that would need a
+// synchronisation for that asserts in its kernel and returns -1.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -39,8 +39,8 @@ inline Labels make_labels(const at::Tensor& contiguous_target, const LossInputs&
   return labels;
 }
 
-// A tensor that broadcasts against `target`, in the dtype of the arithmetic. One value stays one
-// value (an expanded gradient, a scalar alpha); anything else is laid out row by row.
+// A tensor that broadcasts against `target`, in the dtype of the arithmetic. A single value (an
+// expanded gradient, a scalar alpha) stays one value; anything else is laid out row by row.
 class RowVector {
  public:
   RowVector(const at::Tensor& values, const at::Tensor& target, at::ScalarType dtype)
@@ -70,8 +70,7 @@ class RowVector {
   int64_t stride_;
 };
 
-// The inputs of the loss as the kernels read them, for both directions. The tensors live as long as
-// this does.
+// The inputs of the loss as the kernels read them, in both directions. Keeps the tensors alive.
 class KernelInputs {
  public:
   KernelInputs(const LossInputs& inputs, const OptionalTensor& counts)
@@ -115,7 +114,7 @@ class KernelInputs {
   at::Tensor counts_;
 };
 
-// A gradient of the logits that kernels write, perhaps by way of a buffer.
+// A gradient of the logits that the kernels write, directly or through a buffer.
 class KernelGradient {
  public:
   explicit KernelGradient(const at::Tensor& gradient)
@@ -130,7 +129,7 @@ class KernelGradient {
     args.grad_logits = view_.tensor.template mutable_data_ptr<scalar_t>();
   }
 
-  // After the kernels.
+  // Call after the kernels.
   void finish() const {
     if (!is_in_place()) {
       gradient_.copy_(view_.tensor);

@@ -1,4 +1,4 @@
-// Shapes, dtypes and strides of the outputs, without any data: for torch.compile and torch.export.
+// The shapes, dtypes and strides of the outputs, without data: for torch.compile and torch.export.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 

@@ -7,12 +7,12 @@
 namespace oe_ext {
 namespace {
 
-// An axis of rows, built up from neighbouring axes of the tensor, outermost first.
+// An axis of rows, merged from neighbouring axes of the tensor, outermost first.
 struct Axis {
   int64_t size = 1;
   int64_t stride = 0;
 
-  // Appends the next inner axis, if both can be walked with one stride.
+  // Appends the next inner axis, if one stride covers both.
   bool append(int64_t inner_size, int64_t inner_stride) {
     if (inner_size == 1) {
       return true;

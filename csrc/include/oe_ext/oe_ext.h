@@ -19,7 +19,7 @@ namespace oe_ext {
 //   alpha         weight of the outliers; finite
 //   reduction     "none", "sum", "mean" or "group_mean"
 //   ignore_index  positions with this label count for nothing
-//   ood_index     marks the outliers instead of the negative numbers
+//   ood_index     the label of outliers, instead of the negative numbers
 //
 // Returns float32 (float64 for float64 logits): a scalar, or target's shape for "none".
 // Throws c10::ValueError, c10::TypeError, c10::IndexError (CPU: a label that is none of the above).
@@ -28,7 +28,7 @@ __attribute__((visibility("default"))) at::Tensor outlier_exposure_loss(
     std::string_view reduction = "mean", std::optional<int64_t> ignore_index = std::nullopt,
     std::optional<int64_t> ood_index = std::nullopt);
 
-// The same with a tensor that broadcasts against target, and has a gradient, for alpha.
+// The same with a tensor alpha, which broadcasts against target and gets a gradient.
 __attribute__((visibility("default"))) at::Tensor outlier_exposure_loss(
     const at::Tensor& logits, const at::Tensor& target, const at::Tensor& alpha,
     std::string_view reduction = "mean", std::optional<int64_t> ignore_index = std::nullopt,
