@@ -29,9 +29,8 @@ TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
   //   row_cross_entropy  shape of target: the loss before its weight, for the gradient of
   //                      alpha_tensor; empty without one
   //   row_max, row_sum_exp  shape of target: the maximum, and the sum of exp(logit - maximum)
-  //   counts             float64 [2]: the numbers of inliers and of outliers that a mean divides
-  //   by,
-  //                      given or counted in this target; empty for "none"
+  //   counts             float64 [2]: the counts of inliers and outliers that a mean divides by,
+  //                      given or taken from this target; empty for "none"
   //   unit_gradient      shape of logits: the gradient for an upstream gradient of 1, or empty.
   //                      True requests it (not for "none"); with None the operator writes it if a
   //                      backward will want it

@@ -1,5 +1,5 @@
-// The entry points of the CPU and CUDA backends. They take and return tensors, and pass raw
-// pointers to the kernels. A backend supplies two static function templates:
+// The entry points of the CPU and CUDA backends. They take tensors, pass raw pointers to the
+// kernels and return tensors. A backend supplies two static function templates:
 //     forward(ForwardArgs)    the outputs whose pointers are set: the loss, the statistics of every
 //                             row, the gradient for an upstream gradient of 1
 //     backward(BackwardArgs)  the gradient of every row
