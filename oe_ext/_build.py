@@ -1,7 +1,7 @@
 """How the C++ and CUDA sources become a library: one description for ``setup.py`` and the JIT.
 
-``setup.py`` loads this file by its path, before the package can be imported, so nothing of the
-package is imported here, and torch only inside the functions.
+``setup.py`` loads this file by its path, before the package can be imported. Therefore this file
+imports nothing of the package, and torch only inside the functions.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from pathlib import Path
 
 MIN_TORCH = "2.11"
 
-# torch's headers need C++20. No debug information: it makes 11 MB out of 0.3 MB.
-# Hidden inline functions need not be emitted: a tenth of the time of a file.
+# torch's headers need C++20. No debug information: it would grow the library from 0.3 MB to 11 MB.
+# Hidden inline functions need not be emitted: that saves a tenth of the time of a file.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
-# Loops marked "omp simd" become vectors, without OpenMP's threads. Nothing reads errno or traps,
-# which would keep them from it; results stay those of IEEE 754.
+# Vectorises loops under "omp simd", without OpenMP's threads. Nothing reads errno or traps, either
+# of which would prevent it; results stay those of IEEE 754.
 CXX_FLAGS += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--threads=2", "--expt-relaxed-constexpr"]
-# Small headers instead of all operators at once: 5 s a file instead of 15 s.
+# Small headers instead of one for all operators: 5 s per file instead of 15 s.
 DEFINES = ["AT_PER_OPERATOR_HEADERS"]
 
 
-# Turing, Ampere, Hopper, Blackwell, and by its PTX whatever comes next.
+# Turing, Ampere, Hopper, Blackwell, and later ones through PTX.
 DEFAULT_CUDA_ARCH_LIST = "7.5;8.0;9.0;10.0+PTX"
 
 
 def _switch(name: str) -> bool | None:
-    """The value of a switch in the environment, or None where it is not set."""
+    """The value of a switch in the environment, or None if it is not set."""
     value = os.environ.get(name, "").strip().lower()
     if not value:
         return None
@@ -68,7 +68,7 @@ def find_cuda_home() -> Path | None:
 
 
 def require_compiler() -> None:
-    """Else a build ends in a list of commands that could not be started.
+    """Checks for a compiler: without one, a build ends in a list of failed commands.
 
     Raises:
         RuntimeError: there is no C++ compiler.
@@ -85,11 +85,11 @@ def require_compiler() -> None:
 def wants_cuda() -> bool:
     """Whether to build the CUDA kernels.
 
-    ``OE_EXT_CUDA`` and ``FORCE_CUDA`` decide; else a CUDA build of torch and a toolkit of the same
-    major version do. A GPU need not be present: build machines have none.
+    ``OE_EXT_CUDA`` and ``FORCE_CUDA`` decide. Without them, yes if torch is a CUDA build and the
+    toolkit has the same major version. A GPU need not be present: build machines have none.
 
     Raises:
-        RuntimeError: they are asked for, and cannot be built here.
+        RuntimeError: the kernels are requested but cannot be built here.
     """
     import torch
 
@@ -126,7 +126,7 @@ def _major(version: str) -> int:
 
 
 def _toolkit_version(home: Path | None) -> str | None:
-    """As its header has it, such as "13.0"; None where there is no toolkit."""
+    """The version in the toolkit's header, such as "13.0"; None without a toolkit."""
     try:
         header = (home / "include" / "cuda.h").read_text() if home else ""
     except OSError:
@@ -139,9 +139,9 @@ def _toolkit_version(home: Path | None) -> str | None:
 
 
 def _cuda_arch_list() -> list[str]:
-    """The architectures to build for: as asked for, or those of the GPUs here, or a default.
+    """The architectures to build for: as requested, or those of the GPUs here, or a default.
 
-    torch has no default of its own and fails where there is no GPU.
+    torch has no default and fails without a GPU.
     """
     import torch
 
@@ -177,7 +177,7 @@ def describe_build(root: Path) -> Build:
     )
     define_flags = [f"-D{define}" for define in DEFINES]
     define_flags.append(f"-DOE_EXT_TORCH_VERSION={torch.__version__}")
-    # Known to the C++ compiler alone: nvcc takes a comma for the end of a definition.
+    # For the C++ compiler only: nvcc ends a definition at a comma.
     host_define_flags = []
     if cuda and torch.version.cuda is not None:
         major, minor = torch.version.cuda.split(".")[:2]
@@ -185,7 +185,7 @@ def describe_build(root: Path) -> Build:
             f"-DOE_EXT_WITH_CUDA={int(major) * 1000 + int(minor) * 10}",
             "-DOE_EXT_CUDA_ARCH_LIST=" + ",".join(_cuda_arch_list()),
         ]
-    # Declared as system headers, so that our warnings are ours alone.
+    # Declared as system headers, so that all warnings come from our code.
     torch_headers = Path(torch.__file__).resolve().parent / "include"
     system_headers = []
     for folder in (torch_headers, torch_headers / "torch" / "csrc" / "api" / "include"):

@@ -1,5 +1,5 @@
-"""Checks that Python makes before the operator would: where its own would come too late, could not
-name what the caller handed in, or would print all of it."""
+"""Checks that Python makes before the operator, whose own checks would come too late, could not
+name the caller's argument, or would print all of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING or torch.distributed.is_available():
 else:
 
     class ProcessGroup:
-        """For annotations, where torch was built without distributed."""
+        """For annotations, if torch was built without distributed."""
 
 
 __all__ = [
@@ -38,14 +38,14 @@ __all__ = [
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
 _NAME = "outlier_exposure_loss"
 
-# Or what stands for one, where torch.fx traces.
+# A tensor, or its proxy while torch.fx traces.
 TENSORS = (Tensor, Proxy)
-# Names the group of all processes before there is one.
+# The name of the group of all processes, which may not exist yet.
 WORLD = "world"
 
 
 def _kind(value: object) -> str:
-    """What an error says of an argument: never its value, which may be a batch."""
+    """Describes an argument in an error: never by its value, which may be a batch."""
     return "None" if value is None else type(value).__name__
 
 
@@ -67,9 +67,9 @@ def as_reduction(reduction: object, caller: str = _NAME) -> str:
 
 
 def as_number(alpha: Any, caller: str = _NAME) -> float:
-    """An alpha that is no tensor."""
+    """Converts an alpha that is not a tensor."""
     try:
-        if isinstance(alpha, str | bytes):  # of which float() would make a number
+        if isinstance(alpha, str | bytes):  # float() would accept these
             raise TypeError
         number = float(alpha)
     except (TypeError, ValueError):
@@ -84,7 +84,7 @@ def as_number(alpha: Any, caller: str = _NAME) -> float:
 
 
 def as_special_label(name: str, label: Any, caller: str = _NAME) -> int | None:
-    """ignore_index or ood_index. False is an integer to Python, but no label to anybody."""
+    """Converts ignore_index or ood_index. False is an integer in Python, but not a label."""
     if label is None or type(label) is int:
         return label
     if isinstance(label, torch.SymInt | Proxy):
@@ -111,7 +111,7 @@ def check_group(group: ProcessGroup | str | None, caller: str = _NAME) -> None:
 
 
 def as_group(group: ProcessGroup | str | None) -> ProcessGroup | None:
-    """The group of now that a name stands for: None where this process is alone."""
+    """The group that a name means at this moment: None if this process is alone."""
     if not isinstance(group, str):
         return group
     check_group(group)
@@ -121,7 +121,7 @@ def as_group(group: ProcessGroup | str | None) -> ProcessGroup | None:
 
 
 def check_alpha(alpha: float | Tensor, caller: str = _NAME) -> None:
-    """For callers that make another tensor of alpha, in which the operator would not notice."""
+    """For callers that convert alpha before the operator can check it."""
     if not isinstance(alpha, TENSORS):
         as_number(alpha, caller)
     elif isinstance(alpha, Tensor) and not alpha.is_floating_point():
@@ -131,8 +131,8 @@ def check_alpha(alpha: float | Tensor, caller: str = _NAME) -> None:
 
 
 def check_arguments(logits: Tensor, target: Tensor, alpha: float | Tensor, reduction: str) -> None:
-    """Raises what the operator raises for shapes, dtypes and settings: its kernel for tensors
-    without data checks all but the labels."""
+    """Raises the operator's errors for shapes, dtypes and settings: its Meta kernel checks all but
+    the labels."""
     with torch.no_grad():
         if isinstance(alpha, Tensor):
             alpha = alpha.to("meta")

@@ -21,24 +21,24 @@ _BACKWARD = torch.ops.oe_ext._outlier_exposure_loss_backward.default
 
 _NAME = "class_parallel_outlier_exposure_loss"
 _CLASS_AXIS = 1
-# What special labels become.
+# The labels that replace special labels.
 _OUTLIER, _IGNORED = -1, -2
 
 
 class _Part(NamedTuple):
-    """The rows, and which of their classes are those of this process."""
+    """The labels of the rows, and the range of classes in this process."""
 
-    labels: Tensor  #: int64: a class of all, or as above
+    labels: Tensor  #: int64: a class among all, _OUTLIER or _IGNORED
     first_class: int
     num_classes: int  #: of all processes
 
     @property
     def settings(self) -> tuple[int, None]:
-        """ignore_index and ood_index, by which the operator understands the labels."""
+        """ignore_index and ood_index of the operator, for these labels."""
         return _IGNORED, None
 
     def mass_here(self, num_here: int) -> Tensor:
-        """How much of each row's distribution q lies on so many classes here."""
+        """The share of each row's distribution q that falls on the ``num_here`` classes here."""
         cls = self.labels - self.first_class
         is_here = (self.labels >= 0) & (cls >= 0) & (cls < num_here)
         return torch.where(self.labels == _OUTLIER, num_here / self.num_classes, is_here.double())
@@ -47,8 +47,8 @@ class _Part(NamedTuple):
 def _exchange_sizes(
     local_logits: Tensor, target: Tensor, error: Exception | None, group: dist.ProcessGroup | None
 ) -> list[int]:
-    """How many classes each process has. If one of them was given what the loss cannot take, all
-    raise: none waits for another that has left."""
+    """The number of classes of each process. If one process got bad arguments, all raise, so that
+    none waits for a process that has left."""
     is_good = error is None
     mine = torch.tensor(
         [local_logits.size(_CLASS_AXIS) if is_good else 0, target.numel(), is_good],
@@ -75,7 +75,7 @@ def _exchange_sizes(
 def _check_labels(
     target: Tensor, num_classes: int, anywhere: Tensor, is_bad: Tensor, ignore_index: int | None
 ) -> None:
-    """``anywhere`` is not 0 where a process of the group has a label that is no class."""
+    """Raises if a label is illegal. ``anywhere`` is not 0 if that is so in any process."""
     if target.device.type != "cpu":
         torch._assert_async(
             anywhere == 0, f"{_NAME}: a label is neither a class nor a special label"
@@ -95,15 +95,15 @@ def _check_labels(
 def _global_maximum(
     row_max: Tensor, is_bad: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """Of each row; and, in the same message, whether a process has a bad label."""
+    """The maximum of each row; the same message tells whether a process has a bad label."""
     packed = torch.cat([row_max.flatten(), is_bad.any().to(row_max.dtype).unsqueeze(0)])
     dist.all_reduce(packed, dist.ReduceOp.MAX, group=group)
     return packed[:-1].view(row_max.shape), packed[-1]
 
 
 def _local_statistics(logits: Tensor, part: _Part) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the classes of this process, by one pass of the fused operator over them: each row's
-    maximum, its sum of exp(logit - maximum), and its <q, logit - maximum>."""
+    """Each row's maximum, sum of exp(logit - maximum), and <q, logit - maximum> over the classes of
+    this process, from one pass of the fused operator."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     num_here = logits.size(_CLASS_AXIS)
     if num_here == 0:
@@ -119,7 +119,7 @@ def _local_statistics(logits: Tensor, part: _Part) -> tuple[Tensor, Tensor, Tens
         num_classes=part.num_classes,
         first_class=part.first_class,
     )
-    # A row of nothing but -inf has no exponentials.
+    # The exponentials of a row with only -inf logits are all 0.
     of_q = torch.where(row_sum_exp == 0, -torch.inf, row_sum_exp.log() - cross_entropy)
     return row_max, row_sum_exp, of_q
 
@@ -130,8 +130,8 @@ def _global_sums(
     global_max: Tensor,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Over the classes of all processes, of logits from which the row's maximum was taken: the sum
-    of the exponentials, and that of the logits times q."""
+    """Sums over the classes of all processes: each row's sum of exp(logit - maximum), and its
+    <q, logit - maximum>."""
     row_max, row_sum_exp, of_q = statistics
     raised = row_max - global_max
     sums = torch.stack(
@@ -145,8 +145,8 @@ def _global_sums(
 
 
 class _RowCrossEntropy(torch.autograd.Function):
-    """The cross-entropy of each row, from the statistics of all its classes, with the gradient of
-    the logits that are here: the backward sends nothing."""
+    """The cross-entropy of each row from the statistics of all its classes. The backward computes
+    the gradient of the local logits and sends nothing."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, part: _Part, global_max: Tensor, sums: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class _RowCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True, which would get a gradient of zero
+        if torch.is_grad_enabled():  # create_graph=True would get a gradient of zero
             raise RuntimeError(
                 f"{_NAME} cannot be differentiated twice; "
                 "oe_ext.outlier_exposure_loss of all classes can"
@@ -165,7 +165,7 @@ class _RowCrossEntropy(torch.autograd.Function):
         logits, labels, global_max, sum_exp = ctx.saved_tensors
         if logits.size(_CLASS_AXIS) == 0:
             return torch.zeros_like(logits), None, None, None
-        # Of an outlier without a gradient the logits may be anything.
+        # The logits of an outlier with an upstream gradient of 0 may be anything.
         skipped = (labels == _OUTLIER) & (grad == 0)
         part = _Part(labels.masked_fill(skipped, _IGNORED), *ctx.classes)
         grad_logits = _BACKWARD(
@@ -196,39 +196,40 @@ def class_parallel_outlier_exposure_loss(
     ood_index: int | None = None,
     class_sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """The loss of logits whose classes are spread over a group of processes: a head that is too
-    large for one, as of a vocabulary or of many faces.
+    """The loss of logits whose classes are spread over a group of processes, for a classification
+    head that is too large for one, such as that of a vocabulary or of many faces.
 
-    The processes hold neighbouring classes in the order of their ranks, each as many as it likes
-    (also none), and each the same rows. Each runs the fused operator over its own classes. Two
-    all-reduces make of that the statistics of all classes: a maximum a row, and then two sums
-    (Shoeybi et al., "Megatron-LM", arXiv 1909.08053, do so for cross-entropy), in float32 (float64
-    for float64 logits). The backward sends nothing. All get the same loss, and each the gradient of
-    its own logits.
+    All processes hold the same rows. In the order of their ranks they hold consecutive ranges of
+    classes, of any size (also empty). Each runs the fused operator over its own classes. Two
+    all-reduces combine the results into the statistics of all classes: first one maximum per row,
+    then two sums (as Shoeybi et al., "Megatron-LM", arXiv 1909.08053, for cross-entropy), in
+    float32 (float64 for float64 logits). The backward sends nothing. All processes get the same
+    loss, and each gets the gradient of its own logits.
 
     Args:
         local_logits: ``[N, C_local]`` or ``[N, C_local, d1, ..., dk]``, as for
-            :func:`oe_ext.outlier_exposure_loss`: the classes of this process.
-        target: ``[N]`` or ``[N, d1, ..., dk]``: labels among all classes; the same everywhere.
+            :func:`oe_ext.outlier_exposure_loss`: the logits of this process's classes.
+        target: ``[N]`` or ``[N, d1, ..., dk]``: labels among all classes, the same in all
+            processes.
         group: the processes; all of them by default.
         alpha, reduction, ignore_index, ood_index: as for :func:`oe_ext.outlier_exposure_loss`.
-        class_sizes: the number of classes of each process. Without it the processes tell each
-            other, for which the host waits; they also tell whether their arguments are good, so
-            that an error of one is an error of all.
+        class_sizes: the number of classes of each process. Without it the processes exchange the
+            numbers, and the host waits. They also exchange whether their arguments are valid: if
+            one process raises, all do.
 
     Returns:
-        The loss, as :func:`oe_ext.outlier_exposure_loss` of all classes in one process.
+        The loss that :func:`oe_ext.outlier_exposure_loss` gives for all classes in one process.
 
     Raises:
         ValueError, TypeError, IndexError: as :func:`oe_ext.outlier_exposure_loss`.
-        RuntimeError: another process was given bad arguments; or ``create_graph=True`` in the
-            backward: it cannot be differentiated twice.
+        RuntimeError: another process got bad arguments; or the backward ran with
+            ``create_graph=True``, since the loss cannot be differentiated twice.
     """
     reduction = as_reduction(reduction, _NAME)
     error: Exception | None = None
     try:
         checked = local_logits
-        if local_logits.dim() >= 2 and local_logits.size(_CLASS_AXIS) == 0:  # which is fine here
+        if local_logits.dim() >= 2 and local_logits.size(_CLASS_AXIS) == 0:  # allowed here
             shape = list(local_logits.shape)
             shape[_CLASS_AXIS] = 1
             checked = local_logits.new_empty(shape, device="meta")
@@ -266,7 +267,7 @@ def class_parallel_outlier_exposure_loss(
     cross_entropy: Tensor = _RowCrossEntropy.apply(  # type: ignore[no-untyped-call]
         local_logits, part, global_max, sums
     )
-    # An outlier that weighs nothing contributes exactly 0, whatever its logits are.
+    # An outlier with a weight of 0 contributes exactly 0, whatever its logits are.
     finite = torch.where((weight == 0) & ~cross_entropy.isfinite(), 0, cross_entropy)
     row_loss = torch.where(inlier, cross_entropy, torch.where(weighs, weight * finite, 0))
     return reduce_rows(row_loss, inlier, outlier, reduction)

@@ -1,7 +1,8 @@
 """Finds the compiled library, or builds it, and loads it once.
 
-The order: what another copy has registered already; the prebuilt ``oe_ext._C``; a JIT build from
-``csrc/`` of an editable checkout. ``OE_EXT_JIT=1`` skips the prebuilt one.
+It tries, in this order: operators that another copy has already registered; the prebuilt
+``oe_ext._C``; a JIT build from ``csrc/`` of an editable checkout. ``OE_EXT_JIT=1`` skips the
+prebuilt one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from oe_ext._version import __version__
 _PACKAGE = Path(__file__).resolve().parent
 _MARKER = re.compile(rb"oe_ext-built-with-torch=([0-9A-Za-z.+_-]+)")
 
-#: The loaded module, and where it came from; None where the operators were registered elsewhere.
+#: The loaded module, and its origin; None if another library registered the operators.
 module: ModuleType | None = None
 origin = "not loaded"
 
@@ -54,8 +55,8 @@ def load() -> None:
 
 
 def _tell_compile_caches() -> None:
-    """Makes the library part of the key of torch.compile's caches, which outlive processes. Code
-    that was compiled for the operators of another version would run, and could be wrong."""
+    """Makes the library part of the key of torch.compile's caches, which outlive processes.
+    Otherwise code compiled for another version of the operators would run, and could be wrong."""
     path = None if module is None else module.__file__
     library = b"" if path is None else Path(path).read_bytes()
     tag = f"oe_ext-{__version__}-{hashlib.sha256(library).hexdigest()[:16]}"
@@ -64,7 +65,7 @@ def _tell_compile_caches() -> None:
 
 
 def has_cuda_kernels() -> bool:
-    """Whether the library was built with them; a GPU need not be there."""
+    """Whether the library was built with CUDA kernels, with or without a GPU here."""
     return module is not None and module.build_info()["cuda"] is not None
 
 
@@ -79,8 +80,8 @@ def _operator_names() -> list[str]:
 
 
 def _register_error_for_cuda() -> None:
-    """In the place of kernels that were not built. torch's own error speaks of a custom build, and
-    of what it has for other backends."""
+    """Registers an error in place of the missing kernels. torch's own error talks about custom
+    builds and other backends."""
     global _errors
 
     def no_kernel(*_: Any, **__: Any) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Builds the library from ``csrc/`` at import: for development, where no wheel is at hand."""
+"""Builds the library from ``csrc/`` at import: for development, without a wheel."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ def build_and_load(root: Path) -> tuple[ModuleType, str]:
 
     build = _build.describe_build(root)
     name = module_name(root, build)
-    # The name tells interpreters and versions apart; torch's own function would create the folder.
+    # The name distinguishes interpreters and versions. torch's own function would create the
+    # folder.
     cache = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    folder = Path(cache).resolve() / name  # links may be changed later
+    folder = Path(cache).resolve() / name  # a link may change later
     try:
         make_private(folder)
         with _locked(folder), _ninja_on_path():
-            # Whoever holds our lock builds alone: a lock of torch's own is left from a killed
-            # build, and torch would wait for it for ever.
+            # Only the holder of our lock builds. A lock of torch is left over from a killed build,
+            # and torch would wait for it forever.
             (folder / "lock").unlink(missing_ok=True)
             module = cpp_extension.load(
                 name=name,
                 sources=[str(root / source) for source in build.sources],
-                # load() hands the flags to a shell as they are
+                # load() passes the flags to a shell unquoted
                 extra_cflags=[shlex.quote(flag) for flag in build.cxx_flags],
                 extra_cuda_cflags=[shlex.quote(flag) for flag in build.nvcc_flags],
                 extra_ldflags=[f"-l{library}" for library in build.libraries],
@@ -59,11 +60,10 @@ def build_and_load(root: Path) -> tuple[ModuleType, str]:
 
 
 def make_private(folder: Path) -> None:
-    """Creates a folder of which nobody else can change what is loaded from it, or checks that it
-    is one.
+    """Creates a folder to load libraries from, or checks it: nobody else may change its files.
 
     Raises:
-        ImportError: somebody else can, or could.
+        ImportError: somebody else can change them, or could before.
     """
     for path in [*reversed(folder.parents), folder]:
         path.mkdir(mode=0o700, exist_ok=True)
@@ -77,7 +77,7 @@ def make_private(folder: Path) -> None:
 
 
 def _fault_of_folder(path: Path, *, private: bool) -> str:
-    """Who else could put something in the place of what lies in a folder; empty for nobody."""
+    """Says who else could replace files of a folder; empty for nobody."""
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
         return "it is not a folder, but a link or a file"
@@ -85,9 +85,9 @@ def _fault_of_folder(path: Path, *, private: bool) -> str:
         return f"it belongs to the user with number {status.st_uid}"
     writers = stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
     if not private:
-        if status.st_mode & stat.S_ISVTX:  # as /tmp: what lies in it is its owner's alone
+        if status.st_mode & stat.S_ISVTX:  # like /tmp: only owners can change their files
             return ""
-        if status.st_gid == os.getgid():  # the user's own group, where the umask is 002
+        if status.st_gid == os.getgid():  # the user's own group, with a umask of 002
             writers &= ~stat.S_IWGRP
     return f"others can write to it (mode {stat.S_IMODE(status.st_mode):o})" if writers else ""
 
@@ -101,7 +101,7 @@ def _not_private(path: Path, fault: str) -> ImportError:
 
 
 def module_name(root: Path, build: _build.Build) -> str:
-    """A name that no other checkout and no other torch shares: torch's cache key has neither."""
+    """A name unique to this checkout and this torch: torch's cache key contains neither."""
     flags = [*build.cxx_flags, *build.nvcc_flags, *build.sources]
     key = "\0".join([str(root), sys.version, torch.__version__, *flags])
     return "oe_ext_jit_" + hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -117,7 +117,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """ninja lies beside the interpreter, which is not on PATH where no venv is activated."""
+    """Adds the interpreter's folder to PATH: ninja is there, also if no venv is activated."""
     before = os.environ.get("PATH", "")
     beside = os.path.dirname(sys.executable)
     os.environ["PATH"] = os.pathsep.join(part for part in (before, beside) if part)

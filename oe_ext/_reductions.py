@@ -1,4 +1,4 @@
-"""What a reduction is: the one place in Python that knows their names and what they divide by, as
+"""The reductions: the one place in Python that knows their names and divisors, as
 ``csrc/core/reduction.h`` is for the kernels."""
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ _INLIERS, _OUTLIERS = 0, 1
 
 class Reduction(NamedTuple):
     name: str
-    #: Else a loss for each position.
+    #: False: one loss per position.
     is_scalar: bool = True
-    #: The groups whose members the losses of each group are divided by; a sum without any.
+    #: The losses of each group are divided by the members of these groups. Without groups they stay
+    #: a sum.
     inliers_by: tuple[int, ...] = ()
     outliers_by: tuple[int, ...] = ()
-    #: Of no positions at all, as torch's mean() is.
+    #: NaN if there are no positions at all, like torch's mean().
     empty_is_nan: bool = False
 
     @property
@@ -31,8 +32,8 @@ class Reduction(NamedTuple):
         return bool(self.inliers_by or self.outliers_by)
 
     def divisors(self, num_inliers: Tensor, num_outliers: Tensor) -> tuple[Tensor, Tensor]:
-        """What the losses of the inliers and of the outliers are divided by. Never 0, also of a
-        group without members: a derivative would see the infinity."""
+        """The divisors of the losses of inliers and of outliers. Never 0, not even for an empty
+        group: a derivative would see the infinity."""
         members = (num_inliers, num_outliers)
 
         def divisor(groups: tuple[int, ...]) -> Tensor:
@@ -60,7 +61,7 @@ REDUCTIONS = {
 def find_reduction(name: str, caller: str = "outlier_exposure_loss") -> Reduction:
     """
     Raises:
-        ValueError: there is none of this name.
+        ValueError: the name is unknown.
     """
     reduction = REDUCTIONS.get(name)
     if reduction is None:
@@ -78,9 +79,9 @@ def reduce_rows(
     first_axis: int = 0,
     counts: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The losses of positions, of which those that are ignored are 0, reduced over the axes from
-    ``first_axis`` on: a loss for each sample of a batch in front. ``counts`` of inliers and of
-    outliers may be others than those of these positions."""
+    """Reduces the losses of positions, 0 for ignored ones, over the axes from ``first_axis`` on.
+    The axes before it are a batch: one loss per sample. ``counts`` of inliers and of outliers
+    replace those of these positions."""
     reduction = find_reduction(name)
     if not reduction.is_scalar:
         return row_loss

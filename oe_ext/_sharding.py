@@ -1,7 +1,7 @@
 """How a DTensor may shard the operators. Importing this module registers the rules.
 
-A batch that is sharded stays so. A mean needs the counts of all parts, which distributed.py gives
-to the forward.
+A sharded batch stays sharded. A mean needs the counts of all parts; distributed.py passes them to
+the forward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BACKWARD = torch.ops.oe_ext._outlier_exposure_loss_backward.default
 
 
 def _alpha_placement(alpha: Any, target: Any, dim: int) -> list[Any]:
-    """None for a number. A tensor is sharded where it has the axis that is."""
+    """Empty for a number. A tensor is sharded if it has the sharded axis."""
     if not hasattr(alpha, "shape"):
         return []
     axis = dim - (len(target.shape) - len(alpha.shape))
@@ -68,7 +68,7 @@ def _shard_forward(
     if (counts is not None or not rule.counts) and not unit_gradient:
         for dim, logits_dim in _position_axes(target):
             rows = Shard(dim)
-            # Counts that were given come back as they are; those of a sum are of these rows.
+            # Given counts are returned unchanged; those of a sum are of these rows.
             outputs = [
                 Partial() if rule.is_scalar else rows,
                 Replicate() if alpha_tensor is None else rows,  # empty without a tensor
@@ -109,15 +109,15 @@ def _shard_backward(
             rows,
             rows,
             rows,
-            Replicate(),  # of all rows: what a mean divides by
+            Replicate(),  # counts of all rows, which a mean divides by
             *_alpha_placement(alpha_tensor, target, dim),
         ]
         shardings.append(([Shard(logits_dim)], inputs))
     return shardings
 
 
-# DTensor keeps what it decided for an operator, and register_sharding() lets only integers among
-# the arguments tell one call from another. Here the reduction does.
+# DTensor caches its decision for an operator. register_sharding() lets only integer arguments
+# distinguish calls; here the reduction must, too.
 _SETTINGS = ["reduction", "ignore_index", "ood_index", "num_classes", "first_class"]
 for _operator, _first_setting in {
     _LOSS.default: 2,

@@ -1,4 +1,4 @@
-"""What a training loop logs beside the loss, from what the pass of the loss leaves behind."""
+"""Statistics that a training loop logs beside the loss, from the same pass over the logits."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ __all__ = ["LossScores", "LossStats", "loss_with_stats"]
 
 
 class LossStats(NamedTuple):
-    """Of one batch: 0-dim tensors, detached, on the device of the logits.
+    """Statistics of one batch: 0-dim tensors, detached, on the device of the logits.
 
-    Batches hold different numbers of inliers and of outliers, and some of them none, whose mean is
-    NaN: the mean over an epoch is that of its sums and counts. :meth:`merge` adds them up.
+    Batches contain different numbers of inliers and outliers, and the mean of an empty group is
+    NaN. The mean over an epoch therefore follows from sums and counts, which :meth:`merge` adds up.
     """
 
-    #: The mean cross-entropy of the inliers; NaN without any.
+    #: The mean cross-entropy of the inliers; NaN without inliers.
     inlier_loss: Tensor
     #: The mean cross-entropy of the outliers to the uniform distribution, not weighted by alpha;
-    #: NaN without any.
+    #: NaN without outliers.
     outlier_loss: Tensor
     #: int64.
     num_inliers: Tensor
     #: int64.
     num_outliers: Tensor
-    #: The part of the inliers whose label is the argmax of the logits; NaN without any.
+    #: The fraction of inliers whose label is the argmax of the logits; NaN without inliers.
     inlier_accuracy: Tensor
-    #: The sum that inlier_loss is the mean of; float64, and 0 without any.
+    #: The summed cross-entropy of the inliers, float64; 0 without inliers.
     inlier_loss_sum: Tensor
-    #: The sum that outlier_loss is the mean of; float64, and 0 without any.
+    #: The summed cross-entropy of the outliers, float64; 0 without outliers.
     outlier_loss_sum: Tensor
-    #: How many inliers have their label as the argmax of the logits; int64.
+    #: The number of inliers whose label is the argmax of the logits, int64.
     num_correct: Tensor
 
     def merge(self, other: LossStats) -> LossStats:
-        """Those of both batches, as if they were one."""
+        """The statistics of both batches as one."""
         return _from_sums(
             self.inlier_loss_sum + other.inlier_loss_sum,
             self.outlier_loss_sum + other.outlier_loss_sum,
@@ -53,15 +53,15 @@ class LossStats(NamedTuple):
 
 
 class LossScores(NamedTuple):
-    """Of each position: tensors of the shape of target, detached; NaN where it is ignored."""
+    """Scores of each position: detached tensors of target's shape; NaN for ignored positions."""
 
-    #: The largest softmax probability, low for outliers. NaN where there is no softmax.
+    #: The largest softmax probability, low for outliers. NaN if there is no softmax.
     max_softmax: Tensor
     #: -logsumexp of the logits, high for outliers (Liu et al., NeurIPS 2020).
     energy: Tensor
 
 
-# torch.export saves a program that returns them only if it knows their names.
+# torch.export can save a program that returns these types only if they are registered.
 for _type in (LossStats, LossScores):
     torch.utils._pytree._register_namedtuple(_type, serialized_type_name=f"oe_ext.{_type.__name__}")
 
@@ -91,7 +91,7 @@ _TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey
 
 
 def _is_eager(*tensors: Tensor) -> bool:
-    """Nobody records or transforms the call: what is decided here is decided for it alone."""
+    """True if nobody traces or transforms the call: decisions here affect only this call."""
     return (
         all(type(tensor) in _PLAIN_TYPES for tensor in tensors)
         and not torch.compiler.is_compiling()
@@ -102,9 +102,10 @@ def _is_eager(*tensors: Tensor) -> bool:
 
 
 def alpha_as_tensor(alpha: float, logits: Tensor) -> Tensor:
-    """Of the dtype and on the device of the loss. torch.compile makes a variable of a number where
-    it multiplies a tensor; anywhere else it is a constant, and each new one is compiled anew."""
-    if not isinstance(logits, Tensor):  # torch.fx knows no dtype; the operator makes it its own
+    """A tensor in the dtype and on the device of the loss. torch.compile treats a number as a
+    variable only if it multiplies a tensor; elsewhere it is a constant, and each new value
+    recompiles."""
+    if not isinstance(logits, Tensor):  # torch.fx knows no dtype; the operator converts it
         return logits.new_ones((), dtype=torch.float64) * alpha
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return torch.ones((), dtype=dtype, device=logits.device) * alpha
@@ -120,12 +121,12 @@ def loss_with_stats(
     ignore_index: int | None,
     ood_index: int | None,
 ) -> tuple[Tensor | LossStats | LossScores, ...]:
-    """The loss, and what was asked for: O(N) more work, and no look at the logits but at those of
-    the labels, and of rows of which no more than that does not tell where their maximum is."""
+    """The loss and the requested statistics, for O(N) more work. Eager calls on the CPU read again
+    only the logits at the labels, and rows where these do not tell if the label is the argmax."""
     if not torch.compiler.is_dynamo_compiling():
         check_alpha(alpha)
-    # As a tensor, alpha makes the operator keep the cross-entropy of each row, also of outliers
-    # that weigh nothing.
+    # A tensor alpha makes the operator keep the cross-entropy of each row, also of outliers with a
+    # weight of 0.
     weight = alpha if isinstance(alpha, TENSORS) else alpha_as_tensor(alpha, logits)
     eager = _is_eager(logits, target, weight)
     loss, cross_entropy, row_max, row_sum_exp, _, _ = (
@@ -137,7 +138,7 @@ def loss_with_stats(
     label = target.long()
     inlier, outlier = inliers_and_outliers(label, ignore_index, ood_index)
     if return_stats:
-        # where(), not products: an ignored row may hold anything
+        # where() and not products: an ignored row may hold any value
         terms = cross_entropy.double()
         rows = logits.detach()
         known = (row_max, row_sum_exp) if eager and logits.device.type == "cpu" else None
@@ -153,7 +154,7 @@ def loss_with_stats(
             ),
         )
     if return_scores:
-        # The rows that are ignored were never read.
+        # Ignored rows were never read.
         nan = row_max.new_full((), float("nan"))
         log_sum_exp = torch.where(row_max == torch.inf, row_max, row_max + row_sum_exp.log())
         counted = inlier | outlier
@@ -168,17 +169,17 @@ def loss_with_stats(
 def _is_argmax(
     logits: Tensor, label: Tensor, inlier: Tensor, known: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Of each inlier, whether its label is the argmax of its logits: the first, where several share
-    the maximum, and a NaN before any number. ``known`` are the maximum of each row and its sum of
-    exp(logit - maximum), where rows may be chosen by them without waiting for a device."""
+    """Whether the label of each inlier is the argmax of its logits: the first of several maxima,
+    and a NaN before any number. ``known``: the maximum of each row and its sum of
+    exp(logit - maximum), if selecting rows by them does not wait for a device."""
     if known is None:
-        # max() finds it several times as fast as argmax()
+        # max() is several times as fast as argmax()
         return inlier & (logits.max(1).indices == label)
     row_max, row_sum_exp = known
     here = torch.where(inlier, label, 0).unsqueeze(1)
     is_max = inlier & (logits.gather(1, here).squeeze(1).to(row_max.dtype) == row_max)
-    # Each logit that shares the maximum adds 1 to the sum: below 2 there is no other. The sum is
-    # NaN or 0 in rows that have no softmax.
+    # Each logit that equals the maximum adds 1 to the sum, so below 2 the maximum is unique. The
+    # sum is NaN or 0 in rows without a softmax.
     unsure = torch.where(row_sum_exp > 0, is_max & (row_sum_exp >= 1.99), inlier)
     index = unsure.nonzero(as_tuple=True)
     if index[0].numel() == 0:

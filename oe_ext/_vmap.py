@@ -1,7 +1,7 @@
-"""Batching rules: what ``torch.vmap`` makes of the operators.
+"""Batching rules of the operators for ``torch.vmap``.
 
-The batch joins the rows, which are independent of each other: one call of the operator with the
-reduction "none", and a sum for each sample. Importing this module registers the rules.
+Rows are independent, so the batch joins the rows: one call of the operator with the reduction
+"none", then one sum per sample. Importing this module registers the rules.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _batch_first(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
 
 
 def _sample(tensor: Tensor, dim: int | None) -> Tensor:
-    """One like those of the batch, which may be empty: of a shape and a dtype, without data."""
+    """The shape and dtype of one sample, without data: the batch may be empty."""
     shape = list(tensor.shape)
     if dim is not None:
         del shape[dim]
@@ -34,7 +34,7 @@ def _sample(tensor: Tensor, dim: int | None) -> Tensor:
 
 
 class _Batch:
-    """Inputs of the loss with the batch in front: as they are, and with the batch in the rows."""
+    """The inputs of the loss, with the batch joined to the rows."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class _Batch:
         ignore_index: int | None,
         ood_index: int | None,
     ) -> None:
-        # Of one sample, whose shapes are those that the caller knows.
+        # Checks one sample, because its shapes are those that the caller knows.
         check_arguments(
             _sample(*logits),
             _sample(*target),
@@ -75,16 +75,16 @@ class _Batch:
         return rows.reshape(*self.shape[:2], *rows.shape[1:])
 
     def counts(self) -> Tensor:
-        """Inliers and outliers of each sample: [batch, 2]."""
+        """The numbers of inliers and of outliers of each sample: [batch, 2]."""
         return torch.stack([self.inlier.sum(1), self.outlier.sum(1)], dim=1).double()
 
     def divisors(self, reduction: Reduction, counts: Tensor) -> Tensor:
-        """What the loss of each position is divided by: [batch, positions]."""
+        """The divisor of each position's loss: [batch, positions]."""
         inliers, outliers = reduction.divisors(counts[:, :1], counts[:, 1:])
         return torch.where(self.outlier, outliers, inliers)
 
     def reduce(self, row_loss: Tensor, reduction: Reduction, given: Tensor | None = None) -> Tensor:
-        """The losses of the samples, from those of all rows; ``given`` are counts to divide by."""
+        """Reduces the losses of all rows to one loss per sample; ``given``: counts to divide by."""
         losses = self.samples(row_loss)
         if not reduction.is_scalar:
             return losses

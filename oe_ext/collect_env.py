@@ -1,4 +1,4 @@
-"""What a bug report needs: ``python -m oe_ext.collect_env``."""
+"""Prints the facts that a bug report needs: ``python -m oe_ext.collect_env``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SWITCHES = (
 
 
 def _first_line(*command: str) -> str:
-    """The first line of what a program prints, or why there is none."""
+    """The first line that a program prints, or the reason why there is none."""
     if shutil.which(command[0]) is None:
         return "not found"
     try:
@@ -45,7 +45,7 @@ def _cpu_name() -> str:
 
 
 def _library() -> dict[str, str]:
-    """Where the operators came from; an import that fails is an answer too."""
+    """Where the operators came from; a failed import is reported too."""
     try:
         import oe_ext
         from oe_ext import _ext

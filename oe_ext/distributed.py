@@ -1,9 +1,9 @@
-"""The loss of a batch that several processes share, or of classes that they share.
+"""The loss of a batch, or of classes, that several processes share.
 
 - :func:`global_outlier_exposure_loss`: each process has a part of the batch.
 - :func:`class_parallel_outlier_exposure_loss`: each process has a part of the classes.
 - Importing this module tells :class:`~torch.distributed.tensor.DTensor` how to shard the operators.
-  :func:`oe_ext.outlier_exposure_loss` does so where it is given one.
+  :func:`oe_ext.outlier_exposure_loss` imports it when it gets a DTensor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _call(
     special_labels: dict[str, Any],
     counts: Tensor | None = None,
 ) -> Tensor:
-    """The operator; its means divide by ``counts``, where they are given."""
+    """Calls the operator. Its means divide by ``counts``, if given."""
     is_tensor = isinstance(alpha, Tensor)
     loss: Tensor
     if counts is None:
@@ -61,23 +61,23 @@ def global_outlier_exposure_loss(
     ignore_index: int | None = None,
     ood_index: int | None = None,
 ) -> Tensor:
-    """The loss of a batch whose parts are held by the processes of a group, or by a DTensor.
+    """The loss of a batch that is spread over the processes of a group, or sharded as a DTensor.
 
-    What :func:`oe_ext.outlier_exposure_loss` calls where it is given a ``process_group`` or a
-    DTensor; see there for the arguments.
+    :func:`oe_ext.outlier_exposure_loss` calls this for a ``process_group`` or a DTensor, and
+    documents the arguments.
 
-    With a ``process_group``, ``"mean"`` and ``"group_mean"`` divide by the counts that a process
-    has on average: the average over the processes, of the losses or of the gradients, is that of
-    the whole batch in one process. ``"sum"`` and ``"none"`` are those of the local part.
-    One all-reduce of three integers is sent.
+    With a ``process_group``, ``"mean"`` and ``"group_mean"`` divide by the average of the
+    processes' counts. Averaged over the processes, the losses and the gradients then equal those of
+    the whole batch in one process. ``"sum"`` and ``"none"`` apply to the local part.
+    One all-reduce sends three integers.
 
-    With a DTensor the result is that of the whole batch; a batch that is sharded gives a sharded
-    loss for ``"none"``, and partial sums otherwise. Logits with sharded classes (``Shard(1)``) go
-    to :func:`class_parallel_outlier_exposure_loss`.
+    With a DTensor, the result is that of the whole batch. A sharded batch gives a sharded loss for
+    ``"none"``, and partial sums otherwise. Logits with sharded classes (``Shard(1)``) go to
+    :func:`class_parallel_outlier_exposure_loss`.
 
     Raises:
-        ValueError: both a DTensor and a ``process_group``; classes that are sharded over several
-            dimensions of the mesh.
+        ValueError: a DTensor together with a ``process_group``, or classes that are sharded over
+            several dimensions of the mesh.
     """
     special_labels = {"ignore_index": ignore_index, "ood_index": ood_index}
     if isinstance(logits, DTensor):
@@ -96,7 +96,7 @@ def global_outlier_exposure_loss(
             if not isinstance(logits, DTensor):
                 check_arguments(logits, target, alpha, reduction)
         except (ValueError, TypeError):
-            if process_group is not None:  # the others wait for our counts
+            if process_group is not None:  # the other processes wait for our counts
                 nothing = torch.zeros(3, dtype=torch.int64, device=target.device)
                 dist.all_reduce(nothing, group=process_group)
             raise
@@ -120,7 +120,7 @@ def _class_parallel_of_dtensor(
     reduction: str,
     special_labels: dict[str, Any],
 ) -> Tensor:
-    """Classes that are sharded over one dimension of the mesh, and maybe a batch over others."""
+    """The loss of classes that are sharded over one mesh dimension. Others may shard the batch."""
     mesh = logits.device_mesh
     check_alpha(alpha)
     class_dims = [dim for dim, p in enumerate(logits.placements) if p.is_shard(_CLASS_AXIS)]
@@ -132,7 +132,7 @@ def _class_parallel_of_dtensor(
     if any(p.is_partial() for p in logits.placements):
         whole = [Replicate() if p.is_partial() else p for p in logits.placements]
         logits = logits.redistribute(placements=whole)
-    # Along the others: a sharded batch, or copies.
+    # The other mesh dimensions hold a sharded batch, or copies.
     rows: list[Placement] = []
     for placement in logits.placements:
         if isinstance(placement, Shard) and placement.dim != _CLASS_AXIS:
@@ -151,7 +151,7 @@ def _class_parallel_of_dtensor(
         if not isinstance(alpha, DTensor):
             alpha = DTensor.from_local(alpha, mesh, copies, run_check=False)
         alpha = with_rows(alpha.expand(target.shape)).to_local()
-    # As DTensor cuts an axis: parts of equal size, the last ones less or empty.
+    # DTensor splits an axis into parts of equal size; the last ones are smaller or empty.
     num_classes, num_parts = logits.size(_CLASS_AXIS), mesh.size(class_dims[0])
     part = -(-num_classes // num_parts)
     class_sizes = [min(part, max(0, num_classes - i * part)) for i in range(num_parts)]

@@ -23,12 +23,12 @@ from oe_ext._stats import LossScores, LossStats, alpha_as_tensor, loss_with_stat
 __all__ = ["LossScores", "LossStats", "outlier_exposure_loss"]
 
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
-# Logits that are surely a tensor, and not a DTensor.
+# Types of logits that are tensors, and not a DTensor.
 _LOCAL_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    """Without importing what defines it, which takes a second, and which some builds lack."""
+    """Does not import DTensor: that takes a second, and some builds of torch lack it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -99,7 +99,7 @@ def outlier_exposure_loss(
         \ell(x, y) = \begin{cases}
             \log \sum_c e^{x_c} - x_y & \text{if } 0 \le y < C \\
             \alpha \left(\log \sum_c e^{x_c} - \frac{1}{C} \sum_c x_c\right)
-                & \text{if } y \text{ marks an outlier}
+                & \text{if } y \text{ is the label of an outlier}
         \end{cases}
 
     Source: Hendrycks, Mazeika and Dietterich, "Deep Anomaly Detection with Outlier Exposure",
@@ -109,47 +109,51 @@ def outlier_exposure_loss(
         logits: shape ``[N, C]`` or ``[N, C, d1, ..., dk]``; float16, bfloat16, float32 or float64.
             Any strides.
         target: shape ``[N]`` or ``[N, d1, ..., dk]``; int64, int32, int16, int8, uint8, uint16 or
-            uint32. A class in ``[0, C)``, or a mark: a negative number is an outlier.
-        alpha: weight of the outliers. A finite number, or a floating-point tensor that broadcasts
-            against ``target`` (one weight for all, or one for each position), which gets a
-            gradient: for weights that a network computes, or that other terms of the loss hold
-            back. Alone, a learnable alpha has nothing that holds it: the loss grows with it, and
-            training drives it to minus infinity.
-        reduction: ``"none"`` (or ``None``): the loss of each position, 0 where it is ignored.
+            uint32. A class in ``[0, C)``, or a special label: by default, negative numbers are the
+            labels of outliers.
+        alpha: weight of the outliers: a finite number, or a floating-point tensor that broadcasts
+            against ``target`` (one weight for all positions, or one for each). A tensor gets a
+            gradient. Use one for weights that a network computes, or that another term of the loss
+            bounds. Without such a term, training drives a learnable alpha to minus infinity, since
+            the loss grows with it.
+        reduction: ``"none"`` (or ``None``): the loss of each position, 0 for ignored ones.
             ``"sum"``. ``"mean"``: the sum divided by the number of positions that are not ignored,
             inliers and outliers together. ``"group_mean"``: the mean over the inliers plus the
-            (weighted) mean over the outliers, as the paper trains; an empty group counts 0. Where
-            all positions are ignored, each is 0; ``"mean"`` of no positions at all is NaN, as
-            torch's.
-        ignore_index: positions with this label count for nothing; looked at before anything else.
-            Nothing is ignored by default: -100 marks an outlier as any negative number does.
-        ood_index: the label that marks an outlier, instead of the negative numbers.
+            (weighted) mean over the outliers, as in the paper; an empty group adds 0. If all
+            positions are ignored, each reduction is 0. If there are no positions at all,
+            ``"mean"`` is NaN, as in torch.
+        ignore_index: positions with this label are ignored. It takes precedence over ``ood_index``
+            and the classes. By default no position is ignored: -100 is the label of an outlier,
+            like any negative number.
+        ood_index: the label of outliers, instead of the negative numbers.
         process_group: the processes that share a batch; each holds a part of it. ``"world"`` means
-            all processes: those of the moment of the call, and this one alone before
-            ``init_process_group()``, where ``dist.group.WORLD`` is None. ``"mean"`` and
-            ``"group_mean"`` then divide by the positions of all parts. The losses of the processes,
-            and their gradients, average to those of the whole batch, as
-            :class:`~torch.nn.parallel.DistributedDataParallel` averages them, also where the parts
-            hold different numbers of inliers and outliers. Three integers are sent.
+            all processes at the time of the call; before ``init_process_group()``, when
+            ``dist.group.WORLD`` is None, it means this process alone. ``"mean"`` and
+            ``"group_mean"`` then divide by the positions of all parts. The average of the
+            processes' losses is the loss of the whole batch, and likewise for the gradients, which
+            :class:`~torch.nn.parallel.DistributedDataParallel` averages. This holds even if the
+            parts contain different numbers of inliers and outliers. Three integers are sent.
         return_stats: also return :class:`LossStats`: the mean losses, the counts and the accuracy,
             from the same pass and without a synchronisation.
-        return_scores: also return :class:`LossScores`: each position's maximum softmax probability
-            (low for outliers) and energy (high for outliers), by which they are detected.
+        return_scores: also return :class:`LossScores`: the maximum softmax probability (low for
+            outliers) and the energy (high for outliers) of each position, to detect outliers.
 
     Logits may be a :class:`~torch.distributed.tensor.DTensor` with a sharded batch, or with sharded
     classes (see :mod:`oe_ext.distributed`).
 
     Returns:
-        float32, or float64 for float64 logits. A scalar, or ``target``'s shape for ``"none"``. With
-        ``return_stats`` or ``return_scores`` a tuple of it, and of what was asked for.
+        The loss: float32, or float64 for float64 logits; a scalar, or ``target``'s shape for
+        ``"none"``. With ``return_stats`` or ``return_scores``, a tuple of the loss and the
+        requested statistics.
 
     Raises:
-        ValueError: a rank, a shape or a reduction that is not as above, no class at all, or an
-            ``alpha`` that is not finite (``torch.compile`` takes such a number as it is).
-        TypeError: a dtype that is not as above, soft labels among them; no tensor where there must
-            be one; a mark that is no integer (False is none).
-        IndexError: on the CPU, a label that is no class and no mark. On CUDA a device-side assert
-            stops the kernel, as with :func:`torch.nn.functional.cross_entropy`.
+        ValueError: an unsupported rank, shape or reduction, no class at all, or an ``alpha`` that
+            is not finite (``torch.compile`` accepts such a number).
+        TypeError: an unsupported dtype, such as that of soft labels; a missing tensor; a special
+            label that is not an integer (False is not one).
+        IndexError: on the CPU, a label that is neither a class nor a special label. On CUDA a
+            device-side assert stops the kernel, as with
+            :func:`torch.nn.functional.cross_entropy`.
     """
     if type(reduction) is not str:
         reduction = as_reduction(reduction)

@@ -1,4 +1,4 @@
-"""The loss as a module: what a pytorch-ood user imports instead of pytorch-ood's own."""
+"""The loss as a module, which replaces pytorch-ood's module of the same name."""
 
 from __future__ import annotations
 
@@ -35,24 +35,23 @@ class OutlierExposureLoss(torch.nn.Module):
     Args:
         alpha: weight of the outliers: a finite number, or a tensor that broadcasts against the
             target. A :class:`torch.nn.Parameter` becomes a parameter of this module and is
-            learned; another tensor becomes a buffer. It may be assigned anew, also a number where
-            a tensor was.
+            learned; another tensor becomes a buffer. A new value of any of these kinds may be
+            assigned later.
         reduction: ``"none"`` or ``None``, ``"sum"``, ``"mean"`` or ``"group_mean"``.
-        ignore_index: positions with this label count for nothing. Default: none are ignored.
-        ood_index: the label that marks an outlier, instead of the negative numbers.
+        ignore_index: positions with this label are ignored. By default none are.
+        ood_index: the label of outliers, instead of the negative numbers.
         process_group: the processes that share a batch, for the global means. ``"world"`` means
-            all processes, as soon as there are some: a module may be built before
-            ``init_process_group()``, when ``dist.group.WORLD`` is still None, which means this
-            process alone. A copy has the same group. A pickle can say "world", which will be the
-            processes of who reads it, but no other group.
+            all processes at the time of a call, so a module may be built before
+            ``init_process_group()``. ``dist.group.WORLD`` is still None then, which means this
+            process alone. A copy of the module has the same group. A pickle can hold ``"world"``,
+            which then means the processes of its reader, but no other group.
         return_stats: the module also returns :class:`oe_ext.LossStats`.
-        return_scores: the module also returns :class:`oe_ext.LossScores`, of each position.
+        return_scores: the module also returns :class:`oe_ext.LossScores`.
 
     Raises:
-        ValueError: a reduction or a process_group that is none of the above, or a number that is
-            not finite.
-        TypeError: an alpha that is no number and no tensor of floats, a special label that is no
-            integer.
+        ValueError: an unknown reduction or process_group name, or an alpha that is not finite.
+        TypeError: an alpha that is neither a number nor a floating-point tensor, or a special label
+            that is not an integer.
     """
 
     alpha: float | Tensor
@@ -81,8 +80,8 @@ class OutlierExposureLoss(torch.nn.Module):
     def forward(
         self, logits: Tensor, target: Tensor
     ) -> Tensor | tuple[Tensor | LossStats | LossScores, ...]:
-        """The loss of ``logits`` ``[N, C, ...]`` for the labels ``target`` ``[N, ...]``, with its
-        statistics if they were asked for."""
+        """The loss of ``logits`` ``[N, C, ...]`` for the labels ``target`` ``[N, ...]``, with the
+        requested statistics."""
         return outlier_exposure_loss(
             logits,
             target,
@@ -96,8 +95,8 @@ class OutlierExposureLoss(torch.nn.Module):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """alpha may be assigned anew, as a number, a tensor (a buffer, which moves with the module)
-        or a parameter, whatever it was before."""
+        """Accepts a new alpha of any kind: a number, a tensor (a buffer, which moves with the
+        module) or a parameter."""
         if name == "alpha":
             check_alpha(value, _NAME)
             for place in (self.__dict__, self._buffers, self._parameters):
@@ -107,7 +106,7 @@ class OutlierExposureLoss(torch.nn.Module):
                 return
         super().__setattr__(name, value)
 
-    def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it, of children as well
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it, also for submodules
         raise NotImplementedError(
             "OutlierExposureLoss cannot be compiled with torch.jit.script, which PyTorch has "
             "deprecated. Use torch.compile to train, or torch.export to ship a model, or script "
@@ -116,20 +115,20 @@ class OutlierExposureLoss(torch.nn.Module):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """That of all processes is the one of now: None where there are no others."""
+        """The group at this moment: ``"world"`` is resolved, to None if this process is alone."""
         return as_group(self._process_group)
 
     @process_group.setter
     def process_group(self, group: ProcessGroup | str | None) -> None:
         check_group(group, _NAME)
-        # A name stands for the group of all processes. The group itself, held by a module, would
-        # outlive destroy_process_group(), and its threads the interpreter, which ends such a
-        # process by an abort.
+        # Stores the group of all processes by name. A module that held the group itself would keep
+        # it alive after destroy_process_group(), and its threads after the interpreter, which
+        # aborts such a process.
         is_world = group is not None and group is torch.distributed.group.WORLD
         self._process_group: ProcessGroup | str | None = WORLD if is_world else group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OutlierExposureLoss:
-        memo[id(self._process_group)] = self._process_group  # of which there is one
+        memo[id(self._process_group)] = self._process_group  # shared, not copied
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -156,12 +155,12 @@ class OutlierExposureLoss(torch.nn.Module):
         )
 
     def _switches(self) -> list[str]:
-        """The settings that are seldom made, as repr shows them."""
+        """The settings that repr shows only if they are set."""
         switches = [f"{n}=True" for n in ("return_stats", "return_scores") if getattr(self, n)]
         group = self.process_group
         if group is not None:
             name = f" ({WORLD!r})" if self._process_group == WORLD else ""
             switches.append(f"process_group=<of {group.size()} processes>{name}")
-        elif self._process_group is not None:  # of processes that are still to come
+        elif self._process_group is not None:  # "world", before init_process_group()
             switches.append(f"process_group={self._process_group!r}")
         return switches

@@ -1,7 +1,7 @@
 """The definition of the loss in plain torch: simple, slow, differentiable, on any device.
 
-This is what every kernel is held against, in float64. It follows the formula of Hendrycks et al.
-(arXiv 1812.04606): a row ``x`` with the distribution ``q`` loses ``logsumexp(x) - <q, x>``, where
+Every kernel is tested against it, in float64. It follows the formula of Hendrycks et al. (arXiv
+1812.04606): the loss of a row ``x`` with the distribution ``q`` is ``logsumexp(x) - <q, x>``, where
 ``q`` is one-hot for an inlier and uniform for an outlier.
 """
 
@@ -16,14 +16,14 @@ __all__ = ["inliers_and_outliers", "outlier_exposure_loss"]
 def inliers_and_outliers(
     target: Tensor, ignore_index: int | None, ood_index: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Two masks of the shape of ``target``: which positions are inliers, and which outliers. The
-    others are ignored. Labels are not checked."""
+    """Two masks of the shape of ``target``, of the inliers and of the outliers. All other positions
+    are ignored. Labels are not checked."""
     labels = target.long()
-    marked = labels < 0 if ood_index is None else labels == ood_index
+    special = labels < 0 if ood_index is None else labels == ood_index
     if ignore_index is None:
-        return ~marked, marked
+        return ~special, special
     counted = labels != ignore_index
-    return counted & ~marked, counted & marked
+    return counted & ~special, counted & special
 
 
 def outlier_exposure_loss(
@@ -43,8 +43,9 @@ def outlier_exposure_loss(
 
     alpha = torch.as_tensor(alpha, dtype=dtype, device=logits.device).expand(labels.shape)
     weight = torch.where(outlier, alpha, inlier.to(dtype))
-    # A row that does not count is replaced: a NaN there would survive a product with 0. One that
-    # weighs 0 does count where the weight is a variable: its derivative along it is not 0.
+    # Replaces rows that do not count: a NaN there would survive a product with 0. A row with a
+    # weight of 0 counts if the weight is a variable, since its derivative with respect to the
+    # weight is not 0.
     is_variable = alpha.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(alpha)
     counts = inlier | outlier if is_variable else weight != 0
     x = torch.where(counts.unsqueeze(1), logits.to(dtype), 0)
@@ -62,7 +63,7 @@ def outlier_exposure_loss(
         return loss.sum()
     if reduction == "mean":
         num_counted = (inlier | outlier).sum()
-        # 0 where all are ignored, but NaN, as any mean, where there is nothing at all
+        # 0 if all positions are ignored, but NaN, like any mean, if there are none at all
         return loss.sum() / (num_counted.clamp(min=1) if labels.numel() > 0 else num_counted)
     if reduction == "group_mean":
         per_inlier = loss.where(inlier, 0).sum() / inlier.sum().clamp(min=1)
