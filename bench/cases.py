@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ALPHA = 0.5
-OOD_INDEX = 254  # marks the outliers in unsigned labels
+OOD_INDEX = 254  # the label of outliers in unsigned targets
 
 Shape = tuple[int, ...]
 
@@ -96,7 +96,7 @@ def make_logits(shape: Shape, layout: str) -> Tensor:
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
-    """Random logits, and labels of which about half mark outliers."""
+    """Random logits, and labels of which about half are those of outliers."""
     torch.manual_seed(0)
     num_classes = case.shape[1]
     with torch.device(device):

@@ -178,7 +178,7 @@ inline void check_labels(int64_t bad_row, const Labels& labels, const at::Tensor
     advice += "; ignore_index names the label of positions that do not count";
   }
   if (!rule.has_ood_index) {
-    advice += "; ood_index names a label that marks outliers";
+    advice += "; ood_index names the label of outliers";
   }
   TORCH_CHECK_INDEX(false, "outlier_exposure_loss: target must hold ", legal, "; got ",
                     labels[bad_row], " at position ", at::IntArrayRef(position),

@@ -15,7 +15,7 @@ from oe_ext import outlier_exposure_loss
 from oe_ext.distributed import class_parallel_outlier_exposure_loss
 
 WORLDS = [2, 3]
-MARKS = {"ignore_index": IGNORE}
+SPECIAL_LABELS = {"ignore_index": IGNORE}
 
 
 def _part_of_classes(logits, sizes):
@@ -36,8 +36,8 @@ def _compare_class_parallel(logits, target, reduction, alpha, sizes, rtol, atol)
     whole = logits.clone().requires_grad_()
     a = alpha.clone().requires_grad_() if isinstance(alpha, torch.Tensor) else alpha
     b = alpha.clone().requires_grad_() if isinstance(alpha, torch.Tensor) else alpha
-    loss = class_parallel_outlier_exposure_loss(x, target, None, a, reduction, **MARKS)
-    expected = outlier_exposure_loss(whole, target, b, reduction, **MARKS)
+    loss = class_parallel_outlier_exposure_loss(x, target, None, a, reduction, **SPECIAL_LABELS)
+    expected = outlier_exposure_loss(whole, target, b, reduction, **SPECIAL_LABELS)
     assert loss.dtype == expected.dtype
     same(loss, expected, rtol=rtol, atol=atol)
     upstream = torch.rand(loss.shape, dtype=loss.dtype) + 0.5
@@ -88,8 +88,10 @@ def _special_values():
         for alpha in (0.7, 0.0, weights, weights.clone().requires_grad_()):
             x = _part_of_classes(logits, sizes).clone().requires_grad_()
             whole = logits.clone().requires_grad_()
-            loss = class_parallel_outlier_exposure_loss(x, target, None, alpha, "none", **MARKS)
-            expected = outlier_exposure_loss(whole, target, alpha, "none", **MARKS)
+            loss = class_parallel_outlier_exposure_loss(
+                x, target, None, alpha, "none", **SPECIAL_LABELS
+            )
+            expected = outlier_exposure_loss(whole, target, alpha, "none", **SPECIAL_LABELS)
             same(loss, expected)
             (ours,) = torch.autograd.grad(loss.sum(), x)
             (theirs,) = torch.autograd.grad(expected.sum(), whole)
@@ -127,7 +129,7 @@ def _bad_arguments():
     def given(error, text, logits=x, target=good, alpha=0.5, reduction="mean", **options):
         with pytest.raises(error, match=text):
             class_parallel_outlier_exposure_loss(
-                logits, target, None, alpha, reduction, **MARKS, **options
+                logits, target, None, alpha, reduction, **SPECIAL_LABELS, **options
             )
 
     given(ValueError, "reduction must be one of", reduction="median")
@@ -167,7 +169,7 @@ def _what_cannot_be_had():
     x, target = make_logits((6, 4)), torch.tensor([0, 3, 6, -1, IGNORE, -2])
 
     def loss_of(logits):
-        return class_parallel_outlier_exposure_loss(logits, target, **MARKS)
+        return class_parallel_outlier_exposure_loss(logits, target, **SPECIAL_LABELS)
 
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(loss_of(x.requires_grad_()), x, create_graph=True)
@@ -191,8 +193,8 @@ def _compare_dtensor(mesh, placements, rows, shape, reduction, alpha):
         weight = distribute_tensor(alpha, mesh, [Replicate()] * mesh.ndim).requires_grad_()
         whole_weight = alpha.clone().requires_grad_()
     whole = logits.clone().requires_grad_()
-    loss = outlier_exposure_loss(x, y, weight, reduction, **MARKS)
-    expected = outlier_exposure_loss(whole, target, whole_weight, reduction, **MARKS)
+    loss = outlier_exposure_loss(x, y, weight, reduction, **SPECIAL_LABELS)
+    expected = outlier_exposure_loss(whole, target, whole_weight, reduction, **SPECIAL_LABELS)
     same(loss.full_tensor(), expected)
     wanted = [x, weight] if isinstance(alpha, torch.Tensor) else [x]
     ours = torch.autograd.grad(loss.sum(), wanted)

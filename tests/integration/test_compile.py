@@ -98,14 +98,14 @@ def test_a_new_mark_is_compiled_anew_once_at_most(device):
         make_target((8, 5), "inliers", device=device),
     )
     torch._dynamo.utils.counters.clear()
-    for mark in (0, 1, 2, 3, 4, -7):
-        for options in ({"ignore_index": mark}, {"ood_index": mark}, {"ignore_index": 9 - mark}):
+    for label in (0, 1, 2, 3, 4, -7):
+        for options in ({"ignore_index": label}, {"ood_index": label}, {"ignore_index": 9 - label}):
             expected = outlier_exposure_loss(logits, target, **options)
             torch.testing.assert_close(compiled(logits, target, **options), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "two for each mark"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4, "two for each special label"
 
 
-def test_marks_that_are_sizes_or_numbers_of_tensors(device):
+def test_special_labels_that_are_sizes_or_numbers_of_tensors(device):
     """Symbols of the graph, as the ignore_index of F.cross_entropy may be."""
     logits, target = (
         make_logits((8, 5), device=device),
@@ -118,14 +118,14 @@ def test_marks_that_are_sizes_or_numbers_of_tensors(device):
     compiled = torch.compile(of_size, fullgraph=True, backend="aot_eager", dynamic=True)
     torch.testing.assert_close(grad_of(compiled, logits, target), grad_of(of_size, logits, target))
 
-    def of_item(x, y, mark):
-        return outlier_exposure_loss(x, y, ignore_index=mark.item())
+    def of_item(x, y, label):
+        return outlier_exposure_loss(x, y, ignore_index=label.item())
 
-    mark = torch.tensor(2)
+    label = torch.tensor(2)
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         compiled = torch.compile(of_item, fullgraph=True, backend="aot_eager")
-        ours = grad_of(compiled, logits, target, mark)
-    torch.testing.assert_close(ours, grad_of(of_item, logits, target, mark))
+        ours = grad_of(compiled, logits, target, label)
+    torch.testing.assert_close(ours, grad_of(of_item, logits, target, label))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -243,11 +243,11 @@ def test_opcheck(device, shape, dtype, reduction):
     """Schema, autograd registration, fake tensors, and AOT dispatch with dynamic shapes."""
     logits = make_logits(shape, dtype, device).requires_grad_()
     target = make_target(shape, device=device)
-    marks = {"ignore_index": IGNORE, "ood_index": None}
+    special_labels = {"ignore_index": IGNORE, "ood_index": None}
     alpha = torch.tensor(0.7, device=device, requires_grad=True)
     operator = torch.ops.oe_ext.outlier_exposure_loss
-    opcheck(operator.default, (logits, target, 0.5, reduction), marks)
-    opcheck(operator.tensor_alpha, (logits, target, alpha, reduction), marks)
+    opcheck(operator.default, (logits, target, 0.5, reduction), special_labels)
+    opcheck(operator.tensor_alpha, (logits, target, alpha, reduction), special_labels)
 
     for weight in (None, alpha.detach()):
         options = (0.5, weight, reduction, IGNORE, None)
@@ -278,7 +278,7 @@ def test_opcheck_knows_every_operator():
 
 
 @pytest.mark.parametrize(
-    ("shape", "target_dtype", "alpha", "marks"),
+    ("shape", "target_dtype", "alpha", "special_labels"),
     [
         ((6, 5), torch.uint8, 0.5, {"ignore_index": 255, "ood_index": 254}),
         ((6, 5), torch.int32, (6,), {"ood_index": 0}),
@@ -288,7 +288,7 @@ def test_opcheck_knows_every_operator():
     ],
     ids=str,
 )
-def test_opcheck_over_a_spread_of_inputs(device, shape, target_dtype, alpha, marks):
+def test_opcheck_over_a_spread_of_inputs(device, shape, target_dtype, alpha, special_labels):
     logits = make_logits(shape, torch.float16, device).requires_grad_()
     target = torch.randint(0, shape[1], (shape[0], *shape[2:]), device=device).to(target_dtype)
     operator = torch.ops.oe_ext.outlier_exposure_loss.default
@@ -298,7 +298,7 @@ def test_opcheck_over_a_spread_of_inputs(device, shape, target_dtype, alpha, mar
     for reduction in REDUCTIONS:
         if reduction == "mean" and shape[0] == 0:
             continue  # NaN, of which opcheck thinks that it differs from itself
-        opcheck(operator, (logits, target, alpha, reduction), marks)
+        opcheck(operator, (logits, target, alpha, reduction), special_labels)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from oe_ext import OutlierExposureLoss, outlier_exposure_loss
 
 WORLDS = [2, 3]
-MARKS = {"ignore_index": IGNORE}
+SPECIAL_LABELS = {"ignore_index": IGNORE}
 
 
 def averaged(tensor):
@@ -59,12 +59,17 @@ def _global_means():
             weight = alpha if with_tensor else 0.7
             mine = x[part]
             loss = outlier_exposure_loss(
-                mine, target[part], weight, reduction, **MARKS, process_group=dist.group.WORLD
+                mine,
+                target[part],
+                weight,
+                reduction,
+                **SPECIAL_LABELS,
+                process_group=dist.group.WORLD,
             )
             whole = logits.clone().requires_grad_()
             whole_alpha = alpha.detach().clone().requires_grad_()
             expected = outlier_exposure_loss(
-                whole, target, whole_alpha if with_tensor else 0.7, reduction, **MARKS
+                whole, target, whole_alpha if with_tensor else 0.7, reduction, **SPECIAL_LABELS
             )
             if reduction == "none":
                 same(loss, expected[part])
@@ -79,7 +84,7 @@ def _global_means():
                 same(averaged(a) * factor, b, rtol=1e-11)
     # Nothing that counts anywhere, and nothing at all.
     logits, target = torch.randn(4, 3), torch.full((4,), IGNORE)
-    options = {**MARKS, "process_group": dist.group.WORLD}
+    options = {**SPECIAL_LABELS, "process_group": dist.group.WORLD}
     for reduction in ("mean", "group_mean"):
         assert outlier_exposure_loss(logits, target, 0.5, reduction, **options) == 0
     assert outlier_exposure_loss(logits[:0], target[:0], **options).isnan()
@@ -157,8 +162,10 @@ def _data_parallel():
     part = my_rows(12)
     for reduction in ("mean", "group_mean"):
         single = _model()
-        _train(single, inputs, target, OutlierExposureLoss(0.5, reduction, **MARKS))
-        criterion = OutlierExposureLoss(0.5, reduction, **MARKS, process_group=dist.group.WORLD)
+        _train(single, inputs, target, OutlierExposureLoss(0.5, reduction, **SPECIAL_LABELS))
+        criterion = OutlierExposureLoss(
+            0.5, reduction, **SPECIAL_LABELS, process_group=dist.group.WORLD
+        )
         ddp = DistributedDataParallel(_model())
         _train(ddp, inputs[part], target[part], criterion)
         for ours, theirs in zip(ddp.parameters(), single.parameters(), strict=True):
@@ -176,7 +183,7 @@ def _data_parallel():
 
     # Without the group each part is divided by its own counts: another optimum.
     wrong = DistributedDataParallel(_model())
-    _train(wrong, inputs[part], target[part], OutlierExposureLoss(0.5, "mean", **MARKS))
+    _train(wrong, inputs[part], target[part], OutlierExposureLoss(0.5, "mean", **SPECIAL_LABELS))
     assert not torch.allclose(wrong.module[0].weight, single[0].weight, rtol=1e-6)
 
 
@@ -190,7 +197,7 @@ def _train_with(criterion):
     _, target = whole_batch((12, 5))
     part = my_rows(12)
     single, ddp = _model(), DistributedDataParallel(_model())
-    _train(single, inputs, target, OutlierExposureLoss(0.5, "group_mean", **MARKS))
+    _train(single, inputs, target, OutlierExposureLoss(0.5, "group_mean", **SPECIAL_LABELS))
     _train(ddp, inputs[part], target[part], criterion)
     for ours, theirs in zip(ddp.parameters(), single.parameters(), strict=True):
         same(ours.detach(), theirs.detach(), rtol=1e-10, atol=1e-13)
@@ -199,12 +206,18 @@ def _train_with(criterion):
 def test_a_module_that_is_built_before_the_processes():
     """As a Lightning module is, and by the function form: all processes, by name."""
     assert dist.group.WORLD is None
-    run(2, _train_with, OutlierExposureLoss(0.5, "group_mean", **MARKS, process_group="world"))
+    run(
+        2,
+        _train_with,
+        OutlierExposureLoss(0.5, "group_mean", **SPECIAL_LABELS, process_group="world"),
+    )
     run(2, _train_with, functools.partial(_by_name, reduction="group_mean"))
 
 
 def _by_name(logits, target, reduction):
-    return outlier_exposure_loss(logits, target, 0.5, reduction, **MARKS, process_group="world")
+    return outlier_exposure_loss(
+        logits, target, 0.5, reduction, **SPECIAL_LABELS, process_group="world"
+    )
 
 
 # ---- DTensor
@@ -226,15 +239,15 @@ def _dtensor():
             whole = logits.clone().requires_grad_()
             whole_alpha = alpha.clone().requires_grad_()
             expected = outlier_exposure_loss(
-                whole, target, whole_alpha if with_tensor else 0.7, reduction, **MARKS
+                whole, target, whole_alpha if with_tensor else 0.7, reduction, **SPECIAL_LABELS
             )
-            loss = outlier_exposure_loss(x, y, weight, reduction, **MARKS)
+            loss = outlier_exposure_loss(x, y, weight, reduction, **SPECIAL_LABELS)
             assert isinstance(loss, DTensor)
             placement = Shard(target_dim) if reduction == "none" else Partial()
             assert loss.placements == (placement,), (reduction, loss.placements)
             same(loss.full_tensor(), expected)
             with torch.no_grad():  # another operator, with a rule of its own
-                inferred = outlier_exposure_loss(x, y, weight, reduction, **MARKS)
+                inferred = outlier_exposure_loss(x, y, weight, reduction, **SPECIAL_LABELS)
             assert inferred.placements == (placement,), (reduction, inferred.placements)
             same(inferred.full_tensor(), expected)
             ours = torch.autograd.grad(loss.sum(), [x, weight] if with_tensor else [x])

@@ -40,7 +40,7 @@ def test_every_argument_reaches_the_operator(batch, reduction):
     assert torch.equal(loss(logits, target), expected)
 
 
-def test_marks_are_keyword_only():
+def test_special_labels_are_keyword_only():
     with pytest.raises(TypeError, match="positional"):
         OutlierExposureLoss(0.5, "mean", -100)
 

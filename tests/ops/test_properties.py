@@ -23,7 +23,7 @@ from oe_ext import outlier_exposure_loss
 
 def loss_of(case: Case, inputs: Inputs) -> torch.Tensor:
     return outlier_exposure_loss(
-        inputs.logits, inputs.target, inputs.alpha, case.reduction, **case.marks
+        inputs.logits, inputs.target, inputs.alpha, case.reduction, **case.special_labels
     )
 
 
@@ -117,7 +117,7 @@ def test_any_number_of_threads_gives_the_same_bits(case, threads):
     try:
         for number in (1, threads):
             torch.set_num_threads(number)
-            results.append(all_returned(*case.make(), case.reduction, **case.marks))
+            results.append(all_returned(*case.make(), case.reduction, **case.special_labels))
     finally:
         torch.set_num_threads(before)
     for name, one in results[0].items():
@@ -137,7 +137,7 @@ def test_an_illegal_label_is_named(data):
         label
         for label in candidates
         if info.min <= label <= info.max
-        and kind_of(label, case.shape[1], *case.marks.values()) == "illegal"
+        and kind_of(label, case.shape[1], *case.special_labels.values()) == "illegal"
     )
     if not illegal or target.numel() == 0:
         return
@@ -205,7 +205,7 @@ def test_a_position_knows_nothing_of_the_others(case, random):
 def test_the_order_of_the_classes_does_not_matter(case, random):
     """But to the rounding of their sums."""
     classes = range(case.shape[1])
-    ignore_index, ood_index = (None if m in classes else m for m in case.marks.values())
+    ignore_index, ood_index = (None if m in classes else m for m in case.special_labels.values())
     case = dataclasses.replace(case, ignore_index=ignore_index, ood_index=ood_index)
     inputs = case.make()
     order = torch.tensor(random.sample(classes, len(classes)))

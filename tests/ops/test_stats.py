@@ -164,11 +164,11 @@ def test_means_of_terms_whose_sum_no_float32_can_hold(device):
 
 
 @pytest.mark.parametrize(
-    "mark", [0, np.array(0), np.int64(0), np.uint8(0), torch.tensor(0)], ids=lambda m: str(type(m))
+    "label", [0, np.array(0), np.int64(0), np.uint8(0), torch.tensor(0)], ids=lambda m: str(type(m))
 )
-def test_marks_of_other_integer_types(mark):
+def test_special_labels_of_other_integer_types(label):
     logits, target = make_logits((30, 4), torch.float32), torch.arange(30) % 4
-    for options in ({"ignore_index": mark}, {"ood_index": mark}):
+    for options in ({"ignore_index": label}, {"ood_index": label}):
         plain = dict.fromkeys(options, 0)
         ours = outlier_exposure_loss(logits, target, **options, return_stats=True)
         theirs = outlier_exposure_loss(logits, target, **plain, return_stats=True)

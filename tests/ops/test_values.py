@@ -95,12 +95,12 @@ def test_segmentation_tiles(device, shape):
 def test_label_dtypes(device, shape, label_dtype):
     logits = make_logits(shape, torch.float32, device)
     target = make_target(shape, device=device)
-    marks = {"ignore_index": IGNORE}
+    special_labels = {"ignore_index": IGNORE}
     if not label_dtype.is_signed:
-        marks = {"ignore_index": 255, "ood_index": 254}
+        special_labels = {"ignore_index": 255, "ood_index": 254}
         target = torch.where(target == IGNORE, 255, torch.where(target < 0, 254, target))
-    grad = check(logits, target.to(label_dtype), reduction="group_mean", **marks)
-    assert torch.equal(grad, check(logits, target, reduction="group_mean", **marks))
+    grad = check(logits, target.to(label_dtype), reduction="group_mean", **special_labels)
+    assert torch.equal(grad, check(logits, target, reduction="group_mean", **special_labels))
 
 
 @pytest.mark.parametrize("label_dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
@@ -119,7 +119,7 @@ def test_labels_whose_last_bits_are_a_class_are_outliers(device):
     check(logits, target, reduction="none", ignore_index=-(2**32) + 1)
 
 
-def test_marks(device):
+def test_special_labels(device):
     """ignore_index comes first; ood_index replaces negative labels, and may be a class."""
     logits = make_logits((6, 4), device=device)
     target = torch.tensor([0, 3, 2, 2, 1, 3], device=device)

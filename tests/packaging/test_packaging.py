@@ -1,5 +1,5 @@
-"""What is released, and the three ways in, each in a fresh place: pip with and without isolation,
-and JIT.
+"""What is released, and the three ways to install and load it, each in a fresh place: pip with and
+without isolation, and JIT.
 
 Slow (each builds the library), so they run with ``make test-packaging`` and in CI.
 """

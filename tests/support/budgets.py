@@ -35,7 +35,7 @@ def reference_results(case: Case, inputs: Inputs, upstream: Tensor, dtype: torch
 
     def loss_of(alpha: Tensor) -> Tensor:
         function = reference.outlier_exposure_loss
-        return function(logits, inputs.target, alpha, case.reduction, **case.marks)
+        return function(logits, inputs.target, alpha, case.reduction, **case.special_labels)
 
     # A learnable alpha makes the reference look at outliers of weight 0: one call for each.
     loss = loss_of(alpha)
@@ -59,9 +59,9 @@ class Budgets:
 def budgets(case: Case, inputs: Inputs, upstream: Tensor) -> Budgets:
     rounding = ARITHMETIC[case.acc_dtype]
     smallest = torch.finfo(case.acc_dtype).smallest_normal * torch.finfo(case.acc_dtype).eps
-    inlier, outlier = reference.inliers_and_outliers(inputs.target, *case.marks.values())
+    inlier, outlier = reference.inliers_and_outliers(inputs.target, *case.special_labels.values())
     cross_entropy = reference.outlier_exposure_loss(
-        inputs.logits.double(), inputs.target, 1.0, "none", **case.marks
+        inputs.logits.double(), inputs.target, 1.0, "none", **case.special_labels
     )
     alpha = torch.as_tensor(inputs.alpha, dtype=case.acc_dtype).detach().double()
     weight = torch.where(outlier, alpha, inlier.double()).abs()

@@ -38,11 +38,11 @@ def make_target(shape, mix="mixed", dtype=torch.int64, device="cpu") -> Tensor:
     num_classes = shape[1]
     shape = (shape[0], *shape[2:])
     labels = torch.randint(0, num_classes, shape)
-    marks = torch.tensor([-1, -7, IGNORE])[torch.randint(0, 3, shape)]
+    special_labels = torch.tensor([-1, -7, IGNORE])[torch.randint(0, 3, shape)]
     if mix == "mixed":
-        labels = torch.where(torch.rand(shape) < 0.5, marks, labels)
+        labels = torch.where(torch.rand(shape) < 0.5, special_labels, labels)
     elif mix == "outliers":
-        labels = torch.where(marks == IGNORE, -1, marks)
+        labels = torch.where(special_labels == IGNORE, -1, special_labels)
     elif mix == "ignored":
         labels = torch.full(shape, IGNORE)
     elif mix != "inliers":

@@ -11,7 +11,11 @@ from oe_ext import outlier_exposure_loss
 
 
 def all_returned(
-    logits: Tensor, target: Tensor, alpha: float | Tensor, reduction: str | None, **marks: Any
+    logits: Tensor,
+    target: Tensor,
+    alpha: float | Tensor,
+    reduction: str | None,
+    **special_labels: Any,
 ) -> dict[str, Tensor]:
     """The loss, its statistics and scores, both first derivatives, what the second derive from
     them, and a tangent."""
@@ -25,7 +29,7 @@ def all_returned(
         return torch.randn(tensor.shape, generator=random).to(tensor.dtype)
 
     loss, stats, scores = outlier_exposure_loss(
-        logits, target, alpha, reduction, **marks, return_stats=True, return_scores=True
+        logits, target, alpha, reduction, **special_labels, return_stats=True, return_scores=True
     )
     result = {"loss": loss, **stats._asdict(), **scores._asdict()}
     upstream = random_like(loss, 1).requires_grad_()
@@ -40,7 +44,7 @@ def all_returned(
 
     def of_leaves(*values: Tensor) -> Tensor:
         return outlier_exposure_loss(
-            values[0], target, values[1] if len(values) > 1 else alpha, reduction, **marks
+            values[0], target, values[1] if len(values) > 1 else alpha, reduction, **special_labels
         )
 
     primals = tuple(leaf.detach() for leaf in leaves.values())

@@ -17,8 +17,9 @@ from torch import Tensor
 
 INF, NAN = float("inf"), float("nan")
 INT64 = torch.iinfo(torch.int64)
-# Marks that are classes, or no label of some dtype, or of any.
-MARKS = [None, -100, -1, 0, 1, 2, 254, 255, -128, -129, 300, 2**31, 2**40, INT64.min, INT64.max]
+# Special labels that are classes, or that some dtypes, or all of them, cannot hold.
+SPECIAL_LABELS = [None, -100, -1, 0, 1, 2, 254, 255, -128, -129, 300]
+SPECIAL_LABELS += [2**31, 2**40, INT64.min, INT64.max]
 ALPHAS = [0.5, 0.0, -0.0, 1.0, -0.5, 1e-3, 17.0, 1e30, -1e30, 1e-40, 1e-300]
 UPSTREAMS = ["one", "random", "expanded", "strided", "negative", "zero", "scaled"]
 
@@ -85,7 +86,7 @@ class Case:
     seed: int = 0
 
     @property
-    def marks(self) -> dict[str, int | None]:
+    def special_labels(self) -> dict[str, int | None]:
         return {"ignore_index": self.ignore_index, "ood_index": self.ood_index}
 
     @property
@@ -206,7 +207,7 @@ def legal_labels(
     """The interesting ones."""
     info = torch.iinfo(label_dtype)
     candidates = {0, 1, num_classes // 2, num_classes - 1, info.max, info.min, -1, -7}
-    candidates |= {mark for mark in (ignore_index, ood_index) if mark is not None}
+    candidates |= {label for label in (ignore_index, ood_index) if label is not None}
     return sorted(
         label
         for label in candidates
@@ -221,8 +222,8 @@ def cases(draw: st.DrawFn, max_logits: int = 4000, *, finite: bool = False) -> C
     shape = draw(shapes(max_logits))
     dtype = draw(st.sampled_from(DTYPES))
     label_dtype = draw(st.sampled_from(INT_DTYPES))
-    mark = st.sampled_from([*MARKS, shape[1] - 1, shape[1]])
-    ignore_index, ood_index = draw(mark), draw(st.none() | mark)
+    special_label = st.sampled_from([*SPECIAL_LABELS, shape[1] - 1, shape[1]])
+    ignore_index, ood_index = draw(special_label), draw(st.none() | special_label)
     legal = legal_labels(label_dtype, shape[1], ignore_index, ood_index)
     target_shape = (shape[0], *shape[2:])
     alphas = st.sampled_from([a for a in ALPHAS if not finite or abs(a) < 100])
