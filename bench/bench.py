@@ -1,8 +1,8 @@
 """Our loss against its rivals on this machine, in one run.
 
-The rivals take turns, so that whatever else the machine does slows them all; medians are compared
-as ratios. Before anything is timed, every rival that computes the loss is held against ours and
-against float64; one that differs ends the run.
+The rivals take turns, so other load on the machine slows all of them; medians are compared as
+ratios. Before timing, every rival that computes the loss is compared with ours and with float64; a
+difference ends the run.
 
     python bench/bench.py                  # all: minutes; rewrites results/, RESULTS.md, README
     python bench/bench.py --report-only    # the same pages, from the CSV files

@@ -1,4 +1,4 @@
-"""What is measured: shapes, dtypes, layouts, and the goals for the main table."""
+"""The measured cases: shapes, dtypes, layouts, and the goals for the main table."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Inputs(NamedTuple):
     target: Tensor
     classes: Tensor  # int64, with class 0 in place of every outlier: what F.cross_entropy takes
     ood_index: int | None
-    weight: Tensor | None  # the upstream gradient where the loss is not a scalar
+    weight: Tensor | None  # the upstream gradient, if the loss is not a scalar
 
 
 def make_logits(shape: Shape, layout: str) -> Tensor:
@@ -114,7 +114,7 @@ def make_inputs(case: Case, device: str) -> Inputs:
 
 
 def goal_cases(shapes: list[Shape], dtype: torch.dtype) -> list[Case]:
-    # pytorch-ood is an error for (N, C) logits of another dtype than float32.
+    # pytorch-ood raises for (N, C) logits of any dtype but float32.
     rivals = ALL_RIVALS if dtype == torch.float32 else FUSED_RIVALS
     return [Case("goals", shape, rivals, dtype, budget=6.0) for shape in shapes]
 
@@ -185,8 +185,8 @@ def all_cases() -> list[Case]:
 
 
 def cuda_cases() -> list[Case]:
-    """On a GPU: what matters most comes first, since the time may run out. Checking the largest
-    against float64 takes up to 20 GB of the GPU's memory."""
+    """The suite on a GPU, the most important cases first, since the time may run out. The check of
+    the largest against float64 takes up to 20 GB of the GPU's memory."""
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     language, more_classes = (8192, 32000), (2048, 128256)
     cityscapes, ade20k = (2, 19, 1024, 2048), (8, 150, 512, 512)

@@ -1,8 +1,8 @@
-"""Counts the instructions of small calls, and holds them against recorded counts.
+"""Counts the instructions of small calls, and compares them with recorded counts.
 
-Time on a shared machine is noise; what ``valgrind --tool=callgrind`` counts is the same again and
-again. One forward and backward from Python is counted whole: the interpreter, the dispatcher,
-autograd and the kernel, on one thread and, since valgrind knows no AVX-512, with AVX2.
+Time on a shared machine is noise; the counts of ``valgrind --tool=callgrind`` are reproducible. One
+forward and backward from Python is counted as a whole: the interpreter, the dispatcher, autograd
+and the kernel, on one thread and with AVX2, since valgrind does not know AVX-512.
 
     python bench/instructions.py            # fails where a case takes 5 % more than recorded
     python bench/instructions.py --record   # rewrites bench/instructions.json
@@ -39,9 +39,8 @@ CASES = {
     "2x19x32x32 float32": ((2, 19, 32, 32), torch.float32),
 }
 LEVELS = ["avx2", "default"]
-# Pairs of calls that differ in nothing but their size: what the larger takes beyond the smaller,
-# over the logits (or positions) that it has beyond it; and how many instructions that may be, at
-# each level. One loop that is left to single numbers takes several times as many.
+# Pairs of calls that differ only in size: the difference in instructions per additional logit (or
+# position), and its limit at each level. A loop without vectors takes several times as many.
 SLOPES = {
     "a logit of a long row": ((64, 2000), (64, 4000), 1, (6, 16)),
     "a logit of 150-class pixels": ((1, 150, 64, 64), (1, 150, 64, 128), 1, (8, 19)),
@@ -53,7 +52,7 @@ SLOPE_CASES = {str(shape): (shape, torch.float32) for pair in SLOPES.values() fo
 CALLS = 20
 ALLOWED = 1.05
 
-# valgrind's requests are macros, instructions that mean nothing outside of it.
+# valgrind's requests are macros: instructions without effect outside of valgrind.
 REQUESTS = r"""
 #include <valgrind/callgrind.h>
 void start(void) { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }
@@ -65,7 +64,7 @@ Cases = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def count_here(cases: Cases) -> None:
-    """In the process under valgrind: runs every case, and has its counts dumped."""
+    """Runs every case and dumps its counts, in the process under valgrind."""
     requests = ctypes.CDLL(str(BUILD / "requests.so"))
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -85,7 +84,7 @@ def count_here(cases: Cases) -> None:
 
 
 def count(cases: Cases, here: str, level: str = "avx2") -> dict[str, int]:
-    """The instructions of one call of each case, with the kernels of that level."""
+    """The instructions of one call of each case, with the kernels of this level."""
     BUILD.mkdir(parents=True, exist_ok=True)
     for old in BUILD.glob("counts.*"):
         old.unlink()
@@ -113,7 +112,7 @@ def count(cases: Cases, here: str, level: str = "avx2") -> dict[str, int]:
 
 
 def environment() -> dict[str, str]:
-    """What the counts depend on beside this project."""
+    """The versions outside this project that the counts depend on."""
     return {
         "machine": platform.machine(),
         "Python": ".".join(platform.python_version_tuple()[:2]),
@@ -123,7 +122,7 @@ def environment() -> dict[str, str]:
 
 
 def compare(counts: dict[str, int], recorded: dict[str, int]) -> tuple[list[str], bool]:
-    """A line for each case, and whether none takes more than is allowed."""
+    """A line for each case, and whether all are within their limits."""
     lines = []
     is_good = True
     for name, now in counts.items():
@@ -142,7 +141,7 @@ def compare(counts: dict[str, int], recorded: dict[str, int]) -> tuple[list[str]
 
 
 def slopes() -> tuple[list[str], bool]:
-    """A row of a table for each pair, and whether none takes more than it may."""
+    """A table row for each pair, and whether all are within their limits."""
     counts = {level: count(SLOPE_CASES, "--slopes-here", level) for level in LEVELS}
     lines = [f"| one more | {' | '.join(LEVELS)} |", "| --- |" + " --- |" * len(LEVELS)]
     is_good = True

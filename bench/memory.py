@@ -2,7 +2,7 @@
 
     python bench/memory.py cross_entropy 1024x32000 2
 
-prints by how many bytes it raised the resident memory.
+prints the rise of the resident memory in bytes.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ PEAK = Path("/proc/self/clear_refs")
 
 
 def is_supported() -> bool:
-    """Whether this system can tell: Linux can."""
+    """Whether this system reports the peak: Linux does."""
     return PEAK.exists()
 
 
 def status(field: str) -> int:
-    """Bytes, of a field of /proc/self/status."""
+    """A field of /proc/self/status, in bytes."""
     found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
     assert found is not None, field
     return 1024 * int(found[1])
 
 
 def peak_rise(rival: str, shape: Shape) -> int:
-    """By how many bytes one forward and backward raises this process's memory at the most."""
+    """The peak rise of this process's memory in one forward and backward, in bytes."""
 
     def make_step(shape: Shape) -> Step:
         case = Case("memory", shape, (rival,))
         inputs = make_inputs(case, "cpu")
         return make_steps(case, inputs, make_losses(case, inputs))[rival]
 
-    make_step((64, 1000) if len(shape) == 2 else (1, 19, 64, 64))()  # loads what it needs
+    make_step((64, 1000) if len(shape) == 2 else (1, 19, 64, 64))()  # loads libraries
     step = make_step(shape)
     if rival == "compiled":
         step()  # compiles for this shape
     ctypes.CDLL(None).malloc_trim(0)
-    PEAK.write_text("5")  # the peak starts anew from here, see proc(5)
+    PEAK.write_text("5")  # resets the peak, see proc(5)
     before = status("VmRSS")
     _held = step()
     return status("VmHWM") - before

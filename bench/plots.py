@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-# Okabe and Ito's palette, told apart by readers of all kinds of colour vision.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = {
     "ours": "#009E73",
     "pytorch-ood": "#D55E00",
@@ -48,20 +48,20 @@ plt.rcParams.update(
 
 def save(figure: Figure, name: str) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    # Without a version of matplotlib in it, the same numbers give the same file.
+    # Omits the version of matplotlib, so the same numbers give the same file.
     figure.savefig(FOLDER / name, metadata={"Software": None})
     plt.close(figure)
 
 
 def shape_label(shape: Shape) -> str:
-    """A line for the positions and one for the classes would need a legend; two lines do not."""
+    """Positions and classes on two lines, which need no legend."""
     if len(shape) == 2:
         return f"{shape[0]} x {shape[1]}"
     return f"{shape[0]} x {shape[1]} x\n{shape[2]} x {shape[3]}"
 
 
 def bars(ax: Axes, names: list[str], values: list[list[float]], style: str) -> None:
-    """A group of bars for each case: one bar, with its value on top, for each name."""
+    """A group of bars per case: one bar per name, with its value on top."""
     width = 0.84 / len(names)
     for index, name in enumerate(names):
         x = [i + (index - (len(names) - 1) / 2) * width for i in range(len(values))]

@@ -51,7 +51,7 @@ def variant(case: Measured) -> str:
 
 
 def plain_table(rows: list[TimeRow]) -> str:
-    """What a run prints: the time of each over ours, with half the interquartile range."""
+    """The output of a run: each rival's time over ours, with half the interquartile range."""
     cases = group_cases(rows)
     names = list(dict.fromkeys(row.rival for row in rows if row.rival != "ours"))
     header = ["section", "shape", "dtype", "variant", *(f"{name} / ours" for name in names)]
@@ -219,7 +219,7 @@ def readme_table(cases: list[Measured], facts: dict[str, str]) -> str:
 
 
 def rewrite(path: Path, section: str, text: str) -> None:
-    """Replaces what stands between the two comments that name a section."""
+    """Replaces the text between the two comments that name a section."""
     page = path.read_text()
     begin, end = f"<!-- {section} -->", f"<!-- end {section} -->"
     pattern = re.compile(f"{begin}\n.*?{end}", re.DOTALL)
@@ -230,7 +230,7 @@ def rewrite(path: Path, section: str, text: str) -> None:
 
 def write_pages() -> None:
     """Rewrites the tables and the plots."""
-    import plots  # needs matplotlib, which those who print a table may lack
+    import plots  # needs matplotlib, which printing a table does not
 
     facts, rows = read(TIMES_CSV, TimeRow)
     cases = group_cases(rows)

@@ -1,4 +1,4 @@
-"""The CSV files: what was measured, and where."""
+"""The CSV files: the measurements and their provenance."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TimeRow:
 class CudaRow(TimeRow):
     """Of a GPU: the section is "eager", or "graph" for the replays of a CUDA graph."""
 
-    left_out: str = ""  # why it was not measured; then the figures are NaN
+    left_out: str = ""  # why it was not measured; the figures are then NaN
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def row_fields(case: Case, timing: Timing) -> dict[str, Any]:
-    """The fields of a row that say what was measured, and the figures."""
+    """The fields of a row that name the measurement, and its figures."""
     return {
         "shape": shape_text(case.shape),
         "dtype": dtype_text(case.dtype),
@@ -83,7 +83,7 @@ def row_fields(case: Case, timing: Timing) -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; None where it is missing, or fails."""
+    """The output of a program; None if it is missing or fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -92,7 +92,7 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit, and whether something else than these results has changed since."""
+    """The commit, and whether anything but these results has changed since."""
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     if commit is None:
         return "unknown"

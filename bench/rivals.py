@@ -1,4 +1,4 @@
-"""Who is measured, and the proof that all who claim to compute the loss do."""
+"""The rivals, and checks that those which claim to compute the loss do."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ Step = Callable[[], Tensor]
 
 
 class DisagreementError(RuntimeError):
-    """A rival does not compute what we do."""
+    """A rival's result differs from ours."""
 
 
 def plain_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """The loss without a branch, in a form that suits ``torch.compile``."""
+    """The loss without branches, in a form that suits ``torch.compile``."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_probs = F.log_softmax(logits, dim=1, dtype=dtype)
     at_label = log_probs.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -49,7 +49,7 @@ def plain_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def make_losses(case: Case, inputs: Inputs) -> dict[str, Step]:
-    """The loss of each rival of the case but clone, which has none."""
+    """The loss of each rival of the case, except clone, which has none."""
     logits, target, classes, ood_index, _ = inputs
     losses: dict[str, Step] = {
         "ours": lambda: outlier_exposure_loss(
@@ -87,9 +87,9 @@ def make_steps(case: Case, inputs: Inputs, losses: dict[str, Step]) -> dict[str,
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest error over the largest value; NaN where either has one.
+    """The largest error over the largest value; NaN if either contains NaN.
 
-    Less than the dtype's smallest number is no error: float16 cannot hold it.
+    Differences below the dtype's smallest number do not count: float16 cannot hold them.
     """
     info = torch.finfo(actual.dtype)
     smallest = info.smallest_normal * info.eps
@@ -99,10 +99,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def check(case: Case, inputs: Inputs, losses: dict[str, Step]) -> None:
-    """Holds the rivals that compute the loss against ours and against float64.
+    """Compares the rivals that compute the loss with ours and with float64.
 
     Raises:
-        DisagreementError: a value or a gradient is further off than the tolerance.
+        DisagreementError: a value or a gradient is off by more than the tolerance.
     """
     logits, target, _, ood_index, weight = inputs
 

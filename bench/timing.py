@@ -1,4 +1,4 @@
-"""Rivals take turns; medians and ratios of what they took."""
+"""Times rivals in turns; medians and ratios of their times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Hashable
 from typing import NamedTuple, TypeVar
 
-MIN_BURST = 1e-3  # seconds of our calls timed at once, for which jitter no longer matters
+MIN_BURST = 1e-3  # seconds of calls timed at once, so long that jitter does not matter
 MIN_ROUNDS, MAX_ROUNDS = 7, 61
 
 Key = TypeVar("Key", bound=Hashable)
@@ -22,7 +22,7 @@ class Timing(NamedTuple):
 
 
 def burst(step: Step, calls: int) -> float:
-    """Seconds of so many calls in a row."""
+    """The time of this many calls in a row, in seconds."""
     start = time.perf_counter()
     for _ in range(calls):
         step()
@@ -35,11 +35,11 @@ def take_turns(
     budget: float,
     burst: Callable[[Step, int], float] = burst,
 ) -> dict[Key, Timing]:
-    """Times all steps in interleaved rounds for about ``budget`` seconds; ``burst`` is what times
-    so many calls of a step.
+    """Times all steps in interleaved rounds for about ``budget`` seconds; ``burst`` times a number
+    of calls of a step.
 
-    Each round times a burst of the same number of calls of each; the order changes from round to
-    round, so that none always follows the same other.
+    Each round times one burst of each step, with the same number of calls. The order changes from
+    round to round, so that no step always follows the same other.
     """
     for step in steps.values():
         step()

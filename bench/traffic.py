@@ -1,7 +1,7 @@
-"""The byte model: what a loss moves between the processor and its memory, at the least.
+"""The byte model: the least that a loss moves between the processor and its memory.
 
-It counts passes, each one read or one write of all logits. What has just been read comes from a
-cache when it is read again, and does not count twice.
+It counts passes: each is one read or one write of all logits. A second read right after the first
+comes from a cache and does not count.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from cases import Shape
 
 
 def passes(rival: str, dtype: str, reduction: str, inference: bool) -> int:
-    """Of one forward and backward, or of the forward alone; 0 for a rival without a model."""
+    """Passes of a forward and backward, or of the forward alone; 0 for a rival without a model."""
     if rival == "clone":
         return 2
     if rival == "ours":
         if inference:
             return 1
-        # The forward writes the gradient of a scalar loss while it has the logits at hand.
-        # Elsewhere, and in float16, the backward reads them again.
+        # The forward also writes the gradient of a scalar loss, while it has the logits at hand.
+        # For other losses, and in float16, the backward reads them again.
         return 3 if reduction == "none" or dtype == "float16" else 2
     if rival == "cross_entropy":
         # log_softmax reads and writes; the gradient of nll_loss is filled with zeros; that of
@@ -42,6 +42,6 @@ def model_bytes(
     logits = count * elements * getattr(torch, dtype).itemsize
     if rival == "clone" or count == 0:
         return logits
-    # The others take labels of int64 alone.
+    # The others take only int64 labels.
     label_bytes = getattr(torch, target_dtype).itemsize if rival == "ours" else 8
     return logits + elements // shape[1] * label_bytes

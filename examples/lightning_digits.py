@@ -1,8 +1,8 @@
 """Outlier Exposure in a Lightning module, on scikit-learn's 8x8 digits.
 
-The data and the network of train_digits.py: 0-5 are learnt, 6 and 7 are shown as outliers, 8 and 9
-are never shown. The loss is that of the whole batch also where several processes share it (the
-Trainer's devices=2), though the module is built before there are any.
+Uses the data and the network of train_digits.py: 0-5 are learnt, 6 and 7 are shown as outliers, 8
+and 9 are never shown. If several processes share a batch (the Trainer's devices=2), the loss is
+that of the whole batch, although the module is built before the processes start.
 
     python examples/lightning_digits.py [--epochs 15] [--out FOLDER] [--quick]
 """
@@ -33,8 +33,8 @@ class DigitsModule(lightning.LightningModule):
         self.save_hyperparameters()
         self.network = make_network()
         self.criterion = OutlierExposureLoss(alpha, "group_mean", process_group="world")
-        # Statistics are those of this process. What is not trained on has no outliers' part in its
-        # loss, but has scores.
+        # The statistics are those of this process. In the run without outliers, these do not enter
+        # the loss, but get scores.
         self.statistics = OutlierExposureLoss(return_stats=True, return_scores=True)
         self.tested: LossStats | None = None
         self.scores: dict[bool, list[Tensor]] = {False: [], True: []}
@@ -49,7 +49,8 @@ class DigitsModule(lightning.LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         target = batch[1]
         _, stats, scores = self.statistics(self.network(batch[0]), target)
-        # Batches hold different numbers of inliers, some of them none: sums and counts are added.
+        # Batches hold different numbers of inliers, some of them none, so sums and counts are
+        # added.
         self.tested = stats if self.tested is None else self.tested.merge(stats)
         for is_outlier in (False, True):
             self.scores[is_outlier].append(1 - scores.max_softmax[(target < 0) == is_outlier])

@@ -4,8 +4,8 @@ Mosaics are cut from photographs: brick, grass and gravel are the classes; coins
 astronaut and the moon are shown in training as outliers; a cat, a tissue section and a cup of
 coffee are never shown, and appear in the test mosaics only. Training and testing use the left and
 the right half of each photograph. A small fully convolutional network is trained with Outlier
-Exposure (OE) and without: the same initial weights, mosaics and loss, but alpha = 0, so that
-the outlier pixels do not count.
+Exposure (OE) and without. Without OE, the initial weights, mosaics and loss are the same, but
+alpha = 0, so outlier pixels do not count.
 
     python examples/segment_textures.py [--seeds 3] [--out FOLDER] [--quick]
 """
@@ -43,7 +43,7 @@ CLASSES = ("brick", "grass", "gravel")
 SHOWN = ("coins", "page", "astronaut", "moon")
 UNSEEN = ("chelsea", "immunohistochemistry", "coffee")
 
-# Label maps are uint8, as they come out of a PNG file, so the marks are large rather than negative.
+# Label maps are uint8, as in a PNG file, so the special labels are large rather than negative.
 OUTLIER, VOID = 254, 255
 ALPHAS = {WITHOUT: 0.0, WITH: 0.5}
 SIZE = 96  # of a mosaic
@@ -97,7 +97,8 @@ def make_mosaics(
     for image, labels in zip(images[:, 0], target, strict=True):
         cells = random_cells(rng)
         for cell in range(NUM_CELLS):
-            # Outliers are cells like any other: neither their shape nor their number tells.
+            # Outliers are cells like any other: neither their shape nor their number gives them
+            # away.
             if rng.random() < OUTLIER_RATE:
                 label, photograph = OUTLIER, outliers[rng.integers(len(outliers))]
             else:

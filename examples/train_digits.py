@@ -1,9 +1,9 @@
-"""Outlier Exposure on scikit-learn's 8x8 digits: what it does to classes nobody has ever shown.
+"""Outlier Exposure on scikit-learn's 8x8 digits: its effect on classes that are never shown.
 
 A small network learns the digits 0-5. The digits 6 and 7 are shown as outliers (label -1); 8 and 9
-are never shown, and at test time the network's confidence should give them away. It is trained
-with Outlier Exposure (OE) and without: the same initial weights, batches and loss, but alpha = 0,
-which is plain cross-entropy on the inliers.
+are never shown, and at test time the network's low confidence should give them away. It is trained
+with Outlier Exposure (OE) and without. Without OE, the initial weights, batches and loss are the
+same, but alpha = 0, which is plain cross-entropy on the inliers.
 
     python examples/train_digits.py [--seeds 5] [--out FOLDER] [--quick]
 """

@@ -1,4 +1,4 @@
-"""How calls are timed: by the events of a GPU, or, to rehearse a run without one, by a clock."""
+"""Times calls by the events of a GPU, or by a clock, to rehearse a run without a GPU."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import torch
 from rivals import DisagreementError, Step, relative_error
 
 Burst = Callable[[timing.Step, int], float]
-CAPTURED = "captured"  # what a trial prints at last, or why not
+CAPTURED = "captured"  # the last line of a successful trial
 
 
 @dataclass(frozen=True)
 class Device:
     name: str
-    eager: Burst  # seconds of so many calls from Python
-    replayed: Burst  # the same of what ``capture`` returns
+    eager: Burst  # seconds of a number of calls from Python
+    replayed: Burst  # the same for the result of ``capture``
     capture: Callable[[Step], timing.Step]
     try_capture: Callable[[str], str]  # why a rival cannot be captured; empty if it can
 
 
 def event_burst(flush: torch.Tensor, waits: bool, step: timing.Step, calls: int) -> float:
-    """Each call finds the L2 cache full of something else, the time for which does not count.
+    """Times calls that find the L2 cache full of other data; the flush does not count.
 
-    With ``waits`` the GPU is idle when the call begins, and so waits for Python and for every
-    launch. Without, the host is ahead of the GPU, and only the work of the GPU counts.
+    With ``waits`` the GPU is idle when the call begins, and waits for Python and for every launch.
+    Without it, the host is ahead of the GPU, and only the work of the GPU counts.
     """
     pairs = []
     for _ in range(calls):
@@ -47,12 +47,12 @@ def event_burst(flush: torch.Tensor, waits: bool, step: timing.Step, calls: int)
 
 
 def capture_graph(step: Step) -> timing.Step:
-    """The replay of one call, after proof that it computes what the call does."""
+    """The replay of one call, after a check that it computes the same."""
     expected = step()
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):  # what is made once is made before the capture
+        for _ in range(3):  # one-time work happens before the capture
             step()
         with torch.cuda.graph(graph, stream=side):
             captured = step()
@@ -67,7 +67,7 @@ def capture_graph(step: Step) -> timing.Step:
 
 @cache
 def try_capture(name: str) -> str:
-    """In a process of its own: a capture that fails leaves torch's allocator unusable."""
+    """Runs in its own process: a failed capture leaves torch's allocator unusable."""
     command = [sys.executable, Path(__file__).with_name("speed.py"), "--try-capture", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     verdict = (done.stdout.splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -82,5 +82,5 @@ def gpu() -> Device:
 
 
 def rehearsal() -> Device:
-    """The CPU, where a call stands for its own replay."""
+    """The CPU, where the replay of a call is the call itself."""
     return Device("cpu", timing.burst, timing.burst, lambda step: step, lambda name: "")

@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels: registers, spills, occupancy, wide loads, instructions.
+"""The machine code of the CUDA kernels: registers, spills, occupancy, wide loads, instructions.
 
 Needs nvcc, and cuobjdump with nvdisasm (the PyPI packages of the extra "cuda-tools"); no GPU.
 """
@@ -38,8 +38,8 @@ class Kernel:
     architecture: str
     name: str
     dtype: str
-    width: int  # elements moved at once; 0 where it moves no logits
-    max_threads: int  # of a block: the launch bounds; 0 where there are none
+    width: int  # elements moved at once; 0 if it moves no logits
+    max_threads: int  # of a block: the launch bounds; 0 without them
     registers: int
     stack: int
     spills: int  # bytes, stores and loads
@@ -47,9 +47,9 @@ class Kernel:
     occupancy: float  # of a multiprocessor's threads, in the largest blocks, without a stage
     wide_loads: int  # 128-bit loads from global memory
     wide_stores: int
-    loop_wide_loads: int  # those of the hot loop: the tightest that has any
+    loop_wide_loads: int  # those of the hot loop: the tightest loop with any
     instructions: int
-    loop_instructions_per_element: float | None  # of the hot loop, for each that it loads
+    loop_instructions_per_element: float | None  # of the hot loop, per element loaded
 
 
 def find_nvcc() -> str | None:
@@ -216,17 +216,17 @@ def _hot_loop(lines: list[tuple[int, str]]) -> tuple[int, int]:
 
 
 def occupancy(architecture: str, threads: int, registers: int, shared: int) -> float:
-    """The share of a multiprocessor's threads that blocks of so many threads fill; 0 where not
-    even one of them fits, or their size is not known."""
+    """The share of a multiprocessor's threads that blocks of this size fill; 0 if not even one
+    fits, or if the size is unknown."""
     all_registers, all_shared, max_threads, max_blocks = MULTIPROCESSORS[architecture]
     if threads == 0:
         return 0.0
-    by_warp = -(-registers // 8) * 8 * 32  # registers are given to warps, by 8 a thread
+    by_warp = -(-registers // 8) * 8 * 32  # allocated per warp, 8 per thread at a time
     blocks = min(
         max_blocks,
         max_threads // threads,
         all_registers // (by_warp * threads // 32),
-        all_shared // (shared + 1024),  # 1 KiB of each block is the system's
+        all_shared // (shared + 1024),  # the system takes 1 KiB of each block
     )
     return blocks * threads / max_threads
 
@@ -237,8 +237,8 @@ def inspect_all(architectures=ARCHITECTURES) -> list[Kernel]:
 
 
 def faults(kernels: list[Kernel]) -> list[str]:
-    """What no kernel may have: no launch bounds, or a largest block that does not fit; spills, a
-    stack; a vector kernel's hot loop without wide loads."""
+    """Faults that no kernel may have: missing launch bounds, or a largest block that does not fit;
+    spills or a stack; in a vector kernel, a hot loop without wide loads."""
     found = []
     for kernel in kernels:
         name = f"{kernel.name}<{kernel.dtype}, {kernel.width}> on sm_{kernel.architecture}"
@@ -257,7 +257,7 @@ def faults(kernels: list[Kernel]) -> list[str]:
 
 
 def table(kernels: list[Kernel]) -> str:
-    """One row for each kernel, dtype and width; one value for each architecture."""
+    """One row per kernel, dtype and width; one value per architecture."""
     groups = collections.defaultdict(dict)
     for kernel in kernels:
         groups[(kernel.name, kernel.dtype, kernel.width)][kernel.architecture] = kernel

@@ -1,12 +1,13 @@
-"""Predicts what a call costs on a GPU: launches and bytes, counted by the SIMT harness.
+"""Predicts the cost of a call on a GPU from launches and bytes, counted by the SIMT harness.
 
-The harness runs the very launchers and kernels on the CPU and sees every access. Each workload is
-run with two small numbers of rows; what a row and a call cost follow, and so does the full size.
+The harness runs the real launchers and kernels on the CPU and sees every access. Each workload runs
+with two small numbers of rows. From these follow the costs per row and per call, and thus the cost
+of the full size.
 
     time = launches * LAUNCH_SECONDS + bytes / (EFFICIENCY * bandwidth)
 
-These are predictions, not measurements. Buffers that a kernel reads more than once count once: the
-second read comes from a cache (all lanes of a row read its label, for one).
+These are predictions, not measurements. A buffer that a kernel reads more than once counts once:
+the second read comes from a cache (all lanes of a row read its label, for example).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from oe_ext import outlier_exposure_loss
 
 # Bytes a second, from NVIDIA's data sheets: A100 80 GB SXM, H100 SXM, B200.
 BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "B200": 8.0e12}
-# Assumptions: what a well-coalesced kernel reaches, and what a launch costs back to back.
+# Assumptions: the efficiency of a well-coalesced kernel, and the cost of back-to-back launches.
 EFFICIENCY = 0.85
 LAUNCH_SECONDS = 2e-6
 
@@ -36,7 +37,7 @@ class Workload:
     num_classes: int
     rows: int  # positions in all: N, or N * H * W
     dtype: torch.dtype
-    pixels: tuple[int, int] | None = None  # of the small maps that are run; None: [N, C]
+    pixels: tuple[int, int] | None = None  # of the small maps to run; None: [N, C]
 
     def small_shape(self, scale: int) -> tuple[int, ...]:
         if self.pixels is None:
@@ -95,7 +96,7 @@ def count(workload: Workload, scale: int, upstream: float | None) -> Counts:
 
 
 def extrapolate(workload: Workload, upstream: float | None) -> Counts:
-    """From two small versions to the whole: linear in the rows."""
+    """Extrapolates two small versions to the full size: linear in the rows."""
     torch.manual_seed(0)
     small, large = (count(workload, scale, upstream) for scale in (1, 2))
     rows = [make_target(workload.small_shape(scale)).numel() for scale in (1, 2)]
@@ -144,7 +145,7 @@ SECTOR_CASES = [
 
 
 def sector_table() -> str:
-    """How many 32-byte sectors the requests for logits touch, over the least that could be."""
+    """The number of 32-byte sectors that requests for logits touch, over the minimum."""
     lines = [
         "| layout | dtype | requests | sectors a request | over the least | 16 bytes a lane, % |",
         "|---|---|---|---|---|---|",
@@ -155,7 +156,7 @@ def sector_table() -> str:
             if logits.dim() == 4:
                 logits = logits.to(memory_format=memory_format)
             target = make_target(shape, "ignored")
-            target[:] = -1  # outliers alone: no single logit at a label is read again
+            target[:] = -1  # only outliers: no logit at a label is read again
             logits.requires_grad_()
             with simt_device.active(), simt_device.counting() as launches:
                 loss = outlier_exposure_loss(logits, target)

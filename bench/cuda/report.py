@@ -18,7 +18,7 @@ REPORT = ROOT / "bench" / "CUDA.md"
 
 
 def rewrite(section: str, text: str) -> None:
-    """Replaces what stands between the two comments that name a section."""
+    """Replaces the text between the two comments that name a section."""
     page = REPORT.read_text()
     begin, end = f"<!-- begin {section} -->", f"<!-- end {section} -->"
     pattern = re.compile(f"{begin}\n.*?{end}", re.DOTALL)

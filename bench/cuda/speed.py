@@ -1,7 +1,7 @@
 """Our loss against its rivals on a GPU, in one run.
 
-bench/CUDA.md says how it is measured. It needs no more than torch and oe_ext: a rival that is not
-installed is left out, and named.
+bench/CUDA.md describes the measurement. It needs only torch and oe_ext: rivals that are not
+installed are left out, and named.
 
     python bench/cuda/speed.py                # writes cuda.csv and cuda.md in bench/results
     python bench/cuda/speed.py --out DIR      # writes them there
@@ -57,8 +57,8 @@ def why(error: Exception) -> str:
 
 
 def measure(case: Case, device: Device, reasons: dict[str, str]) -> list[CudaRow]:
-    """Checks the rivals of a case, then times them; ``reasons`` tells who is left out from the
-    start. Who fails is left out, but not we."""
+    """Checks the rivals of a case, then times them. ``reasons`` names those that are left out from
+    the start. A rival that fails is left out; our own failure is raised."""
     inputs = make_inputs(case, device.name)
     steps: dict[str, Step] = {}
     with torch.set_grad_enabled(not case.inference):
@@ -102,8 +102,8 @@ def try_capture(case: Case, device: Device, name: str) -> str:
 
 
 def run(cases: list[Case], device: Device, minutes: float, out: Path | None) -> str:
-    """Measures while there is time; returns the page. The CSV file grows with every case, so that
-    a run that is cut off has not been for nothing."""
+    """Measures while there is time; returns the page. The CSV file grows with every case, so an
+    interrupted run keeps its results."""
     facts = results.provenance(torch.get_num_threads(), device.name)
     rows: list[CudaRow] = []
     start = time.monotonic()
@@ -113,7 +113,7 @@ def run(cases: list[Case], device: Device, minutes: float, out: Path | None) -> 
         if used >= 1:
             rows += rows_of(case, "eager", {}, dict.fromkeys(case.rivals, "the time was up"))
         else:
-            # Compiling takes more time than all else, and has the first two thirds of it.
+            # Compiling takes more time than all else, and gets the first two thirds of it.
             late = {"compiled": "the time for compiling was up"} if used >= 2 / 3 else {}
             rows += measure(case, device, late)
         torch.cuda.empty_cache()

@@ -59,13 +59,13 @@ def time_table(cases: list[Measured]) -> str:
 
 
 def gigabytes_per_second(case: Measured, rival: str) -> float | None:
-    """GB/s by the byte model; None for a rival without one, and for one that was left out."""
+    """GB/s by the byte model; None for a rival without one, or one that was left out."""
     row, moved = case.find(rival), case_bytes(case, rival)
     return moved / row.median_us / 1e3 if row and moved else None
 
 
 def byte_table(cases: list[Measured]) -> str:
-    """Of each case once: a graph, which comes after the call from Python, takes its place."""
+    """One row per case: a graph, which comes later, replaces the call from Python."""
     lines = []
     for case in {tuple(label(case)): case for case in cases}.values():
         names = ("ours", "cross_entropy", "liger", "quack", "clone")
@@ -86,7 +86,7 @@ def byte_table(cases: list[Measured]) -> str:
 
 
 def left_out_table(rows: list[CudaRow]) -> str:
-    """Every rival that was not measured, with the reason and the cases."""
+    """Each rival that was not measured, with the reason and the cases."""
 
     def key(row: CudaRow) -> tuple[str, str, str]:
         return (row.section, row.rival, row.left_out)

@@ -1,4 +1,4 @@
-"""Who is measured on a GPU, who is left out of a case and why, and the step of each."""
+"""The rivals on a GPU, the reasons to leave one out of a case, and the step of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cases import Case, Inputs
 from rivals import EXACT, DisagreementError, Step, check, make_losses, make_steps, relative_error
 from torch import Tensor
 
-#: Up to here the gaps between launches may take longer than the work.
+#: Up to this size the gaps between launches may take longer than the work.
 GRAPH_BYTES = 64 * 2**20
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -29,12 +29,12 @@ def load_quack() -> Loss:
     return lambda logits, classes: cross_entropy(logits, classes, reduction="mean")
 
 
-#: The cross-entropy kernels of other projects. They compute less than we do, as F.cross_entropy.
+#: The cross-entropy kernels of other projects. Like F.cross_entropy, they compute less than we do.
 CROSS_ENTROPIES: dict[str, Callable[[], Loss]] = {"liger": load_liger, "quack": load_quack}
 
 
 def reason_against(case: Case, name: str) -> str:
-    """Why a rival is left out of a case; empty if it is not."""
+    """The reason to leave a rival out of a case; empty if there is none."""
     if name == "pytorch-ood":
         if case.dtype != torch.float32:
             return "float32 only"
@@ -54,7 +54,7 @@ def reason_against(case: Case, name: str) -> str:
 
 
 def reason_against_graph(name: str, try_capture: Callable[[str], str]) -> str:
-    """Why a rival cannot be captured in a graph; empty if it can."""
+    """The reason why a rival cannot be captured in a graph; empty if it can."""
     waits = {"pytorch-ood": "Tensor.any() in an if", "liger": "Tensor.item()"}
     if name in waits:
         return f"the host waits for the GPU ({waits[name]})"
@@ -66,9 +66,9 @@ def is_small(case: Case) -> bool:
 
 
 def cross_entropy_step(case: Case, inputs: Inputs, loss: Loss) -> Step:
-    """Of a kernel for which there is no float64 truth here but F.cross_entropy."""
-    # Liger writes the gradient over its logits: each has logits of its own, and the next call
-    # reads what the last one left, which takes as long.
+    """Checks a kernel whose only float64 reference here is F.cross_entropy."""
+    # Liger writes the gradient over its logits. Each step has its own logits, and the next call
+    # reads the result of the last one, which takes as long.
     logits = inputs.logits.detach().clone().requires_grad_(not case.inference)
     value = loss(logits, inputs.classes).detach()
     expected = F.cross_entropy(inputs.logits.detach().float(), inputs.classes)
@@ -81,11 +81,11 @@ def cross_entropy_step(case: Case, inputs: Inputs, loss: Loss) -> Step:
 
 
 def make_step(case: Case, inputs: Inputs, name: str) -> Step:
-    """One forward and backward, or one forward, of a rival that has been held against the truth.
+    """One forward and backward, or one forward, of a rival that has been checked.
 
     Raises:
-        DisagreementError: it does not compute what it claims to.
-        Exception: of any kind, where the rival is not installed or cannot do the case.
+        DisagreementError: the rival does not compute what it claims to.
+        Exception: of any kind, if the rival is not installed or cannot do the case.
     """
     if name in CROSS_ENTROPIES:
         return cross_entropy_step(case, inputs, CROSS_ENTROPIES[name]())
