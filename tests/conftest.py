@@ -1,4 +1,4 @@
-"""What all tests share: the devices that a test runs on, and a fixed seed."""
+"""Shared by all tests: the devices that a test runs on, and a fixed seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inductor import keep_caches_apart
 
 keep_caches_apart()
 
-# How many examples test_properties.py and its like try in all.
+# The total number of examples of test_properties.py and similar tests.
 settings.register_profile("test", max_examples=1000, derandomize=True, database=None, deadline=None)
 settings.register_profile("fuzz", max_examples=20_000, deadline=None, print_blob=True)
 settings.load_profile("test")
@@ -43,7 +43,7 @@ def _seed() -> None:
 
 
 def _reported(terminalreporter: pytest.TerminalReporter, name: str) -> list[str]:
-    """What tests recorded under a name."""
+    """The records of tests under a name."""
     return [
         value
         for reports in terminalreporter.stats.values()
@@ -55,7 +55,7 @@ def _reported(terminalreporter: pytest.TerminalReporter, name: str) -> list[str]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How much of the CUDA kernels was executed, and how each deliberately wrong one died."""
+    """The coverage of the CUDA kernels, and which test caught each deliberate bug."""
     for line in _reported(terminalreporter, "coverage"):
         terminalreporter.write_line(line)
     fates = _reported(terminalreporter, "mutant")

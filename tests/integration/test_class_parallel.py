@@ -1,4 +1,4 @@
-"""Classes that are spread over several processes, joined by gloo: against all in one."""
+"""Classes that are spread over several processes, compared with all in one process."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def _part_of_classes(logits, sizes):
 
 
 def _shards(num_classes):
-    """Uneven, and also none at all."""
+    """Uneven numbers of classes, also none."""
     if dist.get_world_size() == 2:
         return [[2, num_classes - 2], [num_classes - 1, 1], [num_classes, 0]]
     return [[1, num_classes - 4, 3], [0, 2, num_classes - 2]]
@@ -71,7 +71,7 @@ def test_class_parallel(world):
 
 
 def _special_values():
-    """Infinities and NaN in rows of every kind: in the loss and in both gradients as in one."""
+    """Rows of every kind with infinities and NaN: loss and gradients as in one process."""
     clean, target = make_logits((6, 7)), torch.tensor([0, 3, 6, -1, IGNORE, -2])
     inf, nan, everything = torch.inf, torch.nan, slice(None)
     cases = [
@@ -103,7 +103,7 @@ def test_special_values():
 
 
 def _outliers_near_uniform():
-    """Where OE drives them, p - 1 / C cancels: rounded once, from float32, as in one process."""
+    """Near-uniform outliers, where p - 1 / C cancels: one rounding, as in one process."""
     sizes = _shards(200)[0]
     for dtype in (torch.bfloat16, torch.float16):
         logits = make_logits((64, 200), torch.float64, scale=0.05).to(dtype)
@@ -121,7 +121,7 @@ def test_outliers_near_uniform():
 
 
 def _bad_arguments():
-    """Every process raises; none is left to wait."""
+    """Every process raises; none keeps waiting."""
     rank, sizes = dist.get_rank(), _shards(7)[-1]  # one process has no class
     x = _part_of_classes(make_logits((6, 7)), sizes)
     good = torch.tensor([0, 3, 6, -1, IGNORE, -2])
@@ -142,7 +142,7 @@ def _bad_arguments():
         r"\[0, 7\), or a special label .*; got 7 at position \[4\]",
         target=good.index_fill(0, torch.tensor(4), 7),
     )
-    # Of one process alone.
+    # Bad arguments in one process only.
     for culprit in range(dist.get_world_size()):
         mine = rank == culprit
         elsewhere = (RuntimeError, f"process {culprit} of the group was given bad arguments")
@@ -211,7 +211,7 @@ def _class_parallel_dtensor():
         for alpha in (0.7, torch.tensor(0.7, dtype=torch.float64)):
             loss = _compare_dtensor(mesh, [Shard(1)], [Replicate()], shape, reduction, alpha)
             assert loss.placements == (Replicate(),)
-    # Few classes: some processes have none.
+    # With few classes, some processes have none.
     _compare_dtensor(mesh, [Shard(1)], [Replicate()], (5, 2), "mean", 0.7)
 
 
@@ -237,7 +237,7 @@ def test_a_dtensor_with_a_sharded_batch_and_sharded_classes():
 
 
 def _bytes_sent(num_rows, num_classes):
-    """Of the arguments of the collectives that one forward and backward calls."""
+    """The bytes in the arguments of all collectives of one forward and backward."""
     sent = []
     originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
 
@@ -266,7 +266,7 @@ def _bytes_sent(num_rows, num_classes):
 
 
 def _bytes():
-    """Three integers; a maximum and two sums a row; and whether a label is bad."""
+    """Three integers, a maximum and two sums per row, and whether a label is bad."""
     assert _bytes_sent(32, 10) == _bytes_sent(32, 1000) == 24 + 4 * (3 * 32 + 1)
     assert _bytes_sent(64, 10) == 24 + 4 * (3 * 64 + 1)
 

@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from oe_ext import outlier_exposure_loss
 
-# Compilation sees the operators, not their kernels.
+# Compilation sees only the operators, not their kernels.
 pytestmark = pytest.mark.no_simt("no kernel matters here")
 
 FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward
@@ -43,7 +43,7 @@ def test_fullgraph(device, shape, reduction, alpha):
 
 
 def test_inductor(device):
-    """The default backend, which compiles C++ of its own around the operator."""
+    """The default backend, which compiles its own C++ around the operator."""
     logits = make_logits((8, 5), torch.float32, device)
     target = make_target((8, 5), device=device)
 
@@ -81,7 +81,7 @@ def test_dynamic_shapes_recompile_once_at_most(device, shape):
 
 
 def test_a_new_alpha_is_not_compiled_anew(device):
-    """The second makes it a variable of the graph, by the default backend."""
+    """The second alpha becomes a variable of the graph, with the default backend."""
     compiled = torch.compile(outlier_exposure_loss, fullgraph=True)
     logits, target = make_logits((8, 5), device=device), make_target((8, 5), device=device)
     torch._dynamo.utils.counters.clear()
@@ -91,7 +91,7 @@ def test_a_new_alpha_is_not_compiled_anew(device):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-def test_a_new_mark_is_compiled_anew_once_at_most(device):
+def test_a_new_special_label_is_compiled_anew_once_at_most(device):
     compiled = torch.compile(outlier_exposure_loss, fullgraph=True, backend="aot_eager")
     logits, target = (
         make_logits((8, 5), device=device),
@@ -106,7 +106,7 @@ def test_a_new_mark_is_compiled_anew_once_at_most(device):
 
 
 def test_special_labels_that_are_sizes_or_numbers_of_tensors(device):
-    """Symbols of the graph, as the ignore_index of F.cross_entropy may be."""
+    """Symbols of the graph, as with the ignore_index of F.cross_entropy."""
     logits, target = (
         make_logits((8, 5), device=device),
         make_target((8, 5), "inliers", device=device),
@@ -133,7 +133,7 @@ def test_special_labels_that_are_sizes_or_numbers_of_tensors(device):
     ("shape", "alpha_shape"), [((12, 5), (12,)), ((12, 5, 3), (12, 1)), ((12, 5, 3), (3,))]
 )
 def test_sizes_that_depend_on_data(device, shape, alpha_shape, backend):
-    """x[mask]: how many rows are left is known when it runs."""
+    """x[mask]: the number of rows is known only at run time."""
     logits = make_logits(shape, torch.float32, device)
     target = make_target(shape, device=device)
     alpha = torch.rand(alpha_shape, device=device)
@@ -163,7 +163,7 @@ def test_export_of_sizes_that_depend_on_data():
     torch.testing.assert_close(program.module()(*other), Model()(*other))
 
 
-def test_export_with_a_mark_of_a_dynamic_size(tmp_path):
+def test_export_with_a_special_label_of_a_dynamic_size(tmp_path):
     class Model(torch.nn.Module):
         def forward(self, x, y):
             return outlier_exposure_loss(x, y, ignore_index=x.shape[1] - 1)
@@ -179,8 +179,8 @@ def test_export_with_a_mark_of_a_dynamic_size(tmp_path):
 
 
 def test_what_cuda_graphs_need(device):
-    """mode="reduce-overhead" records a graph: nothing in it may wait for a number, or have a shape
-    that depends on one."""
+    """mode="reduce-overhead" records a graph, which must not wait for a number or have a shape that
+    depends on one."""
     graphs = []
 
     def backend(graph, inputs):
@@ -269,7 +269,7 @@ def test_opcheck(device, shape, dtype, reduction):
 
 
 def test_opcheck_knows_every_operator():
-    """Those that test_opcheck names are all that are registered."""
+    """test_opcheck covers all registered operators."""
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("oe_ext::")}
     public = torch.ops.oe_ext.outlier_exposure_loss
     checked = [public.default, public.tensor_alpha]
@@ -297,7 +297,7 @@ def test_opcheck_over_a_spread_of_inputs(device, shape, target_dtype, alpha, spe
         alpha = torch.rand(alpha, device=device, requires_grad=True)
     for reduction in REDUCTIONS:
         if reduction == "mean" and shape[0] == 0:
-            continue  # NaN, of which opcheck thinks that it differs from itself
+            continue  # NaN, which opcheck finds unequal to itself
         opcheck(operator, (logits, target, alpha, reduction), special_labels)
 
 

@@ -1,6 +1,6 @@
-"""Several processes, joined by gloo: a shared batch, DDP, FSDP2, and DTensor.
+"""Several processes, connected by gloo: a shared batch, DDP, FSDP2, and DTensor.
 
-Each test starts its processes once and tries its cases inside of them.
+Each test starts its processes once and runs its cases inside them.
 """
 
 import copy
@@ -24,15 +24,15 @@ SPECIAL_LABELS = {"ignore_index": IGNORE}
 
 
 def averaged(tensor):
-    """What DistributedDataParallel makes of a gradient."""
+    """The average over processes, as DistributedDataParallel computes it for a gradient."""
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
 
 
 def whole_batch(shape):
-    """The same in every process; the rows of the first have no outliers, and those of the last are
-    ignored for the most part."""
+    """The same batch in every process. The first process's rows have no outliers; most of the last
+    one's are ignored."""
     logits = make_logits(shape, scale=1.0)
     target = make_target(shape)
     target[0] = torch.where(target[0] < 0, 0, target[0])
@@ -41,7 +41,7 @@ def whole_batch(shape):
 
 
 def my_rows(num_rows):
-    """Uneven parts: the last process has what the others leave."""
+    """Uneven parts: the last process gets the rest."""
     rank, world = dist.get_rank(), dist.get_world_size()
     return slice(rank, rank + 1) if rank < world - 1 else slice(rank, num_rows)
 
@@ -82,7 +82,7 @@ def _global_means():
             same(averaged(loss) * factor, expected.detach())
             for a, b in zip(ours, theirs, strict=True):
                 same(averaged(a) * factor, b, rtol=1e-11)
-    # Nothing that counts anywhere, and nothing at all.
+    # All positions ignored, and no positions at all.
     logits, target = torch.randn(4, 3), torch.full((4,), IGNORE)
     options = {**SPECIAL_LABELS, "process_group": dist.group.WORLD}
     for reduction in ("mean", "group_mean"):
@@ -91,7 +91,7 @@ def _global_means():
 
 
 def _bad_arguments():
-    """The process that was given them raises; the other does not wait for it."""
+    """The process with bad arguments raises; the other one does not wait for it."""
     logits, target = torch.randn(4, 3), torch.tensor([0, 1, -1, 2])
     options = {"process_group": dist.group.WORLD}
     for bad, error, text in [
@@ -181,7 +181,8 @@ def _data_parallel():
         for ours, theirs in zip(fsdp.parameters(), single.parameters(), strict=True):
             same(ours.full_tensor().detach(), theirs.detach(), rtol=1e-10, atol=1e-13)
 
-    # Without the group each part is divided by its own counts: another optimum.
+    # Without the group each part is divided by its own counts, and training reaches another
+    # optimum.
     wrong = DistributedDataParallel(_model())
     _train(wrong, inputs[part], target[part], OutlierExposureLoss(0.5, "mean", **SPECIAL_LABELS))
     assert not torch.allclose(wrong.module[0].weight, single[0].weight, rtol=1e-6)
@@ -204,7 +205,7 @@ def _train_with(criterion):
 
 
 def test_a_module_that_is_built_before_the_processes():
-    """As a Lightning module is, and by the function form: all processes, by name."""
+    """All processes by name, in a module as in Lightning, and in the functional form."""
     assert dist.group.WORLD is None
     run(
         2,
@@ -246,7 +247,7 @@ def _dtensor():
             placement = Shard(target_dim) if reduction == "none" else Partial()
             assert loss.placements == (placement,), (reduction, loss.placements)
             same(loss.full_tensor(), expected)
-            with torch.no_grad():  # another operator, with a rule of its own
+            with torch.no_grad():  # another operator with its own rule
                 inferred = outlier_exposure_loss(x, y, weight, reduction, **SPECIAL_LABELS)
             assert inferred.placements == (placement,), (reduction, inferred.placements)
             same(inferred.full_tensor(), expected)
@@ -297,7 +298,7 @@ def _pickled(path):
 
 
 def test_a_pickle_that_says_all_processes_is_read_alone(tmp_path):
-    """A model that was trained by many is loaded by one, whose batch is whole."""
+    """Several processes train a model; a single one loads it and has the whole batch."""
     run(2, _pickled, tmp_path / "loss.pt")
     read = torch.load(tmp_path / "loss.pt", weights_only=False)
     assert read.process_group is None

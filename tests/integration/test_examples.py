@@ -1,4 +1,4 @@
-"""The examples run to their end and write their figures."""
+"""The examples run to the end and write their figures."""
 
 import csv
 import re
@@ -29,7 +29,7 @@ def test_example(tmp_path, script, figure, shows):
 
 
 def test_lightning(tmp_path):
-    """It trains, logs the statistics of the loss, and tests the checkpoint that it wrote."""
+    """The example trains, logs the statistics of the loss, and tests its own checkpoint."""
     optional.require("sklearn", "matplotlib", "tqdm", "lightning")
     output = run(tmp_path, "lightning_digits.py")
     for text in ("AUROC", "AUPR", "FPR95"):

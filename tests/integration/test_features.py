@@ -1,4 +1,4 @@
-"""docs/FEATURES.md: the tests that it names exist, and what it says of others holds."""
+"""docs/FEATURES.md: its tests exist, and its statements about other projects hold."""
 
 import re
 

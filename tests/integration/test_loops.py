@@ -24,7 +24,7 @@ def make_batches(count=8, size=12):
 
 
 def plain_loop(criterion, accumulate, steps=3):
-    """What the loops below must come to."""
+    """The weights that the loops below must reach."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     for _ in range(steps):
@@ -38,7 +38,7 @@ def plain_loop(criterion, accumulate, steps=3):
 
 @pytest.fixture
 def accelerate():
-    """The package; its settings, which are those of the process, are fresh."""
+    """The package, with fresh settings: they belong to the process."""
     package = optional.module("accelerate")
     names = ("AcceleratorState", "GradientState", "PartialState")
     states = [getattr(optional.module("accelerate.state"), name) for name in names]
@@ -79,7 +79,7 @@ def test_accelerate(accelerate, precision, tolerance):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing(use_reentrant):
-    """Of the model with its loss."""
+    """One checkpoint holds the model and its loss."""
     criterion = OutlierExposureLoss()
     model = make_model()
     (x, y), *_ = make_batches()
@@ -93,7 +93,7 @@ def test_activation_checkpointing(use_reentrant):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(dtype):
-    """The logits of a layer under autocast are read as they are; the loss is float32."""
+    """Logits from autocast are read in their dtype; the loss is float32."""
     layer = torch.nn.Linear(FEATURES, CLASSES)
     (x, y), *_ = make_batches()
     with torch.autocast("cpu", dtype=dtype):
@@ -109,8 +109,8 @@ def test_autocast(dtype):
 
 
 def test_grad_scaler_where_the_reference_vanishes_or_overflows():
-    """A mean over many pixels has gradients below float16's range, which a scale of 65536 lifts
-    into it; the reference takes the scale into float16 before it multiplies."""
+    """A mean over many pixels has gradients below the range of float16; a scale of 65536 lifts them
+    into it. The reference converts the scale to float16 before it multiplies."""
     shape = (1, 19, 256, 256)
     logits = 4 * torch.randn(shape).half().double()
     target = make_target(shape)
@@ -129,7 +129,7 @@ def test_grad_scaler_where_the_reference_vanishes_or_overflows():
     torch.testing.assert_close(ours, exact, rtol=5e-3, atol=1e-9)
     _, unscaled = gradient(theirs, torch.float16, 1.0)
     assert ((unscaled == 0) & (exact.abs() > 0)).double().mean() > 0.1, "vanishes"
-    # Of a sum, 65536 itself arrives: inf in float16. Only what is as large may be inf.
+    # For a sum, 65536 itself arrives: inf in float16. Only values that large may be inf.
     exact = gradient(
         lambda x, y: reference.outlier_exposure_loss(x, y, 0.5, "sum"), torch.float64, 1.0
     )[1]

@@ -1,5 +1,5 @@
-"""Threads of Python, workers of a DataLoader, and processes that are forked after the parent's
-OpenMP ran."""
+"""Python threads, DataLoader workers, and processes that are forked after OpenMP ran in the
+parent."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def loss_and_norm(seed: int) -> torch.Tensor:
 
 
 class Losses(torch.utils.data.Dataset):
-    """A worker computes losses, with their backward."""
+    """A worker that computes losses and their gradients."""
 
     def __len__(self) -> int:
         return 4
@@ -125,6 +125,6 @@ def run_child(tmp_path: Path, method: str, threads: int, timeout: int) -> str:
 
 @pytest.mark.parametrize(("method", "threads"), [("forkserver", 0), ("spawn", 0), ("fork", 1)])
 def test_a_child_after_the_parents_threads_ran(tmp_path, method, threads):
-    """A plain fork needs torch.set_num_threads(1) in the child, as the workers of a DataLoader have
-    it: GNU's OpenMP does not survive a fork, and every operator of PyTorch hangs there."""
+    """A plain fork needs torch.set_num_threads(1) in the child, like DataLoader workers. GNU's OpenMP
+    does not survive a fork, and every operator of PyTorch hangs there."""
     assert run_child(tmp_path, method, threads, TIMEOUT) == "True"

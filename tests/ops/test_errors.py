@@ -212,7 +212,7 @@ def test_label_that_is_no_class_but_for_its_last_bits(label, position):
         outlier_exposure_loss(torch.zeros(40, 3), target)
 
 
-def test_label_out_of_range_tells_of_marks_that_are_not_set():
+def test_label_out_of_range_tells_of_special_labels_that_are_not_set():
     """Void pixels are 255 in many data sets; no negative number fits into an unsigned label."""
     target = torch.tensor([0, 255, 2, 1])
     for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.int64):
@@ -225,7 +225,7 @@ def test_label_out_of_range_tells_of_marks_that_are_not_set():
             outlier_exposure_loss(LOGITS, target.to(dtype), ood_index=1)
 
 
-def test_label_out_of_range_names_the_marks():
+def test_label_out_of_range_names_the_special_labels():
     target = torch.tensor([0, 77, 2, 1])
     with raises(IndexError, "got 77", "ood_index = 9", "ignore_index = 8"):
         outlier_exposure_loss(LOGITS, target, ood_index=9, ignore_index=8)

@@ -1,5 +1,5 @@
-"""Which kernels a build makes, by torch, toolkit and environment; and what a user without the CUDA
-kernels is told."""
+"""Which kernels a build contains, by torch, toolkit and environment, and the error for a user
+without the CUDA kernels."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from oe_ext import _build, _ext
 
 
 def test_no_two_sources_share_a_stem():
-    """torch's JIT names an object after its source's stem: two rules would make the same one."""
+    """torch's JIT names an object after its source's stem, so equal stems would collide."""
     sources = [path for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")]
     assert len(sources) > 10
     stems = [path.stem for path in sources]
@@ -23,7 +23,7 @@ def test_no_two_sources_share_a_stem():
 
 @pytest.fixture
 def toolkit(tmp_path, monkeypatch):
-    """Makes a folder that looks like a CUDA toolkit of a version, and CUDA_HOME name it."""
+    """Creates a folder that looks like a CUDA toolkit of a version; sets CUDA_HOME to it."""
 
     def make(version: int) -> Path:
         include = tmp_path / "cuda" / "include"
@@ -52,7 +52,7 @@ def test_a_toolkit_of_the_same_major_version(toolkit, version):
 
 @pytest.mark.usefixtures("torch_with_cuda")
 def test_a_toolkit_of_another_major_version(toolkit, monkeypatch):
-    """The CPU kernels are built, with a warning; where the others are asked for it is an error."""
+    """Only the CPU kernels are built, with a warning; requesting CUDA is an error."""
     home = toolkit(12040)
     both = rf"CUDA 13\.0, the toolkit in {home} is 12\.4\. Set CUDA_HOME to a toolkit of CUDA 13\.0"
     with pytest.warns(UserWarning, match=f"no CUDA kernels are built: .*{both}"):
@@ -104,7 +104,7 @@ torch.ops.oe_ext._outlier_exposure_loss_forward.default.redispatch(
 
 @pytest.mark.skipif(_ext.has_cuda_kernels(), reason="built with CUDA kernels")
 def test_a_call_on_cuda_without_the_kernels():
-    """A CUDA build of torch is claimed, and the dispatcher asked for the kernel."""
+    """Pretends that torch is a CUDA build, and calls the kernel through the dispatcher."""
     done = subprocess.run(
         [sys.executable, "-c", CALL_ON_CUDA], capture_output=True, text=True, check=False
     )
@@ -115,7 +115,7 @@ def test_a_call_on_cuda_without_the_kernels():
 
 
 def setup_py(tmp_path: Path, before: str = "", **environment: str) -> str:
-    """The error of ``setup.py build_ext`` in a process of its own, after other statements."""
+    """The error of ``setup.py build_ext`` in its own process, after other statements."""
     code = (
         f"import runpy, sys, torch; {before}\n"
         f"sys.argv = ['setup.py', '-q', 'build_ext', '--build-temp', {str(tmp_path)!r}]\n"
@@ -134,13 +134,13 @@ def setup_py(tmp_path: Path, before: str = "", **environment: str) -> str:
 
 
 def test_a_torch_that_is_too_old(tmp_path):
-    """The torch that is here claims to be one."""
+    """The installed torch pretends to be 2.10.1."""
     error = setup_py(tmp_path, "torch.__version__ = '2.10.1'")
     assert "needs torch >= 2.11 to build, found 2.10.1: pip install 'torch>=2.11'" in error
 
 
 def test_a_setuptools_that_is_too_old():
-    """It could not read pyproject.toml, and would say so in words about "project.license"."""
+    """It cannot read pyproject.toml, and its own error would be about "project.license"."""
     code = (
         "import runpy, setuptools\n"
         "setuptools.__version__ = '65.5.0'\n"

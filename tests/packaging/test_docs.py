@@ -1,4 +1,4 @@
-"""The documentation, executed: its Python runs, and what its text names exists."""
+"""The documentation, executed: its Python runs, and the things that its text names exist."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ def test_there_are_blocks_to_run():
 
 @EACH_PAGE
 def test_python_runs(page, tmp_path):
-    """In the order of the page, each block after those above it; in two processes, which some of
-    them are for."""
+    """Runs the blocks in the order of the page, in two processes, which some blocks need."""
     script = tmp_path / "page.py"
     script.write_text("\n".join(block.parsed for block in python_blocks(page)))
     if not script.read_text():
@@ -84,7 +83,7 @@ def test_contributing_names_every_make_target():
 
 @EACH_PAGE
 def test_files_exist(page):
-    """Those of links and pictures, and those of this tree that text or commands name."""
+    """The paths of links and pictures, and paths of this tree in text or commands."""
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     missing = [link for link in links if not (page.parent / link).exists()]
     code = bash_of(page).split() + re.findall(r"`([^`\n]+)`", page.read_text())
@@ -97,7 +96,7 @@ def test_files_exist(page):
 
 
 def test_every_test_has_a_row():
-    """Each file of tests, and each helper, is linked on the page that says what they are for."""
+    """tests/README.md links each file of tests and each helper."""
     links = {TESTS.parent / link for link in re.findall(r"\]\(([^)#]+)", TESTS.read_text())}
     patterns = ("*/test_*.py", "support/*.py", "cpp/*_test.cpp")
     files = {path for pattern in patterns for path in TESTS.parent.glob(pattern)}
@@ -105,7 +104,7 @@ def test_every_test_has_a_row():
     assert sorted(files - links) == []
 
 
-# Read by others than us: what they do is theirs.
+# Variables that other programs read; their effect is not ours.
 FOREIGN_VARIABLES = {
     "TORCH_CUDA_ARCH_LIST": "torch.utils.cpp_extension",
     "ATEN_CPU_CAPABILITY": "libtorch_cpu.so",
@@ -147,8 +146,8 @@ def shown_parameters(name: str, page: str) -> list[list[str]]:
     ],
 )
 def test_signatures_are_the_codes(name, function):
-    """A signature may stop before the last parameters, which text elsewhere explains, but what it
-    shows is in the code's order, with the code's kinds and defaults."""
+    """A signature may omit the last parameters. The others must have the order, kinds and defaults
+    of the code."""
     shown = shown_parameters(name, README)
     assert shown, f"the README shows no signature of {name}"
     actual = []
@@ -163,7 +162,7 @@ def test_signatures_are_the_codes(name, function):
 
 
 def test_the_reference_has_every_public_name():
-    """Of some modules Sphinx takes all that they export; of the package, each by its name."""
+    """Sphinx documents all exports of some modules, and those of the package by name."""
     modules = re.findall(r"^\.\. automodule:: (\S+)\n   :members:$", API, re.M)
     assert set(modules) == {"oe_ext.distributed", "oe_ext.reference"}
     shown = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", API, re.M)

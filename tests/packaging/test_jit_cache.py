@@ -1,5 +1,5 @@
-"""The folder of the JIT build: nobody else's, or nothing is built there or loaded from there; and
-what stands in a build's way ends in one error that says what to do."""
+"""The folder of the JIT build: it must be private, or nothing is built there or loaded from there.
+Obstacles to a build end in one error that says what to do."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def test_every_folder_that_is_made_is_private(tmp_path):
         os.umask(before)
     for path in (folder, folder.parent):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    _jit.make_private(folder)  # and it will do the next time
+    _jit.make_private(folder)  # accepted the next time, too
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
@@ -130,7 +130,7 @@ def test_no_compiler(checkout, tmp_path):
 
 
 def test_no_ninja(checkout, tmp_path):
-    """Neither on PATH nor beside the interpreter, where pip puts it."""
+    """ninja is neither on PATH nor beside the interpreter, where pip installs it."""
     python = tmp_path / "elsewhere" / "python"
     python.parent.mkdir()
     python.symlink_to(Path(sys.executable).resolve())
@@ -146,14 +146,14 @@ def test_no_ninja(checkout, tmp_path):
 
 
 def test_a_cache_that_cannot_be_made(checkout, tmp_path):
-    """A file stands in its place: root may write to what is read-only."""
+    """A file takes the folder's place, since root may write to read-only folders."""
     (tmp_path / "cache").touch()
     done = import_by_jit(checkout, tmp_path / "cache" / "inner")
     assert_one_clear_error(done, "can be written to", "File exists")
 
 
 def test_a_cache_that_is_read_only(checkout, tmp_path):
-    """Root is made to ask for permission, as everybody else is."""
+    """Makes root need permissions, like other users."""
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o500)
     asks = ["setpriv", "--bounding-set=-dac_override"] if is_root else []
@@ -162,7 +162,7 @@ def test_a_cache_that_is_read_only(checkout, tmp_path):
 
 
 def test_a_disk_with_no_room(checkout, tmp_path):
-    """No file may grow beyond 8 KiB: the compiler fails as on a full disk."""
+    """Files are limited to 8 KiB: the compiler fails as on a full disk."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"
     (tmp_path / "limits").mkdir()
     (tmp_path / "limits" / "sitecustomize.py").write_text(limit)

@@ -1,4 +1,4 @@
-"""Finding, checking and loading the library; what a user sees where that fails."""
+"""Finding, checking and loading the library, and the errors that a user sees."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ PACKAGE = Path(oe_ext.__file__).parent
 
 
 def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter whose ``oe_ext`` is the one in ``cwd``, if there is one."""
+    """Runs code in a fresh interpreter that imports ``oe_ext`` from ``cwd``, if it is there."""
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,
@@ -29,10 +29,10 @@ def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProc
 
 @pytest.fixture
 def installed_copy(tmp_path):
-    """The package as an installed wheel has it: the library, but no csrc/ beside it."""
+    """The package as in an installed wheel: with the library, but without csrc/."""
     library = _ext.prebuilt_library()
     assert library is not None, "build it first: make build"
-    # make test-pythons leaves a library of each
+    # make test-pythons leaves a library for each Python
     ignored = shutil.ignore_patterns("__pycache__", "_C*.so")
     shutil.copytree(PACKAGE, tmp_path / "oe_ext", ignore=ignored)
     shutil.copy(library, tmp_path / "oe_ext")
@@ -54,7 +54,7 @@ def test_an_installed_copy_works(installed_copy):
 
 
 def test_another_torch_is_named(installed_copy):
-    """The library is not loaded, which could crash: its file says what it was built with."""
+    """The torch version is read from the file: loading the library could crash."""
     library = next((installed_copy / "oe_ext").glob("_C*.so"))
     marker = b"oe_ext-built-with-torch="
     content = library.read_bytes()
@@ -137,8 +137,8 @@ print("hit" if "fxgraph_cache_hit" in found else "miss")
 
 
 def test_code_that_was_compiled_for_another_library_is_not_used(installed_copy):
-    """torch.compile's cache outlives a process. It would not see that the operators have changed,
-    and a gradient would be wrong without an error."""
+    """torch.compile's cache outlives a process. Without our key it would not notice changed
+    operators, and a gradient would be wrong without an error."""
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(installed_copy / "cache")}
 
     def compile_loss() -> str:
@@ -149,5 +149,5 @@ def test_code_that_was_compiled_for_another_library_is_not_used(installed_copy):
     assert [compile_loss(), compile_loss()] == ["miss", "hit"]
     (library,) = (installed_copy / "oe_ext").glob("_C*.so")
     with library.open("ab") as file:
-        file.write(b"\0")  # behind the end, where nothing is loaded from
+        file.write(b"\0")  # after the end, which is not loaded
     assert [compile_loss(), compile_loss()] == ["miss", "hit"]

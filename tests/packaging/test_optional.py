@@ -1,4 +1,4 @@
-"""A test is skipped for want of a package where an environment is taken as it is, nowhere else."""
+"""A missing package skips a test only with ENV=current, never elsewhere."""
 
 import optional
 import pytest
@@ -15,7 +15,7 @@ def test_a_missing_package(monkeypatch, look):
 
 
 def test_what_an_optional_package_lacks_is_an_error(monkeypatch, tmp_path):
-    """It is installed, and broken."""
+    """The package is installed, but broken."""
     (tmp_path / "half_a_package.py").write_text("import no_such_dependency\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("OE_EXT_TEST_MISSING", "skip")

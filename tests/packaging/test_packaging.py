@@ -1,7 +1,7 @@
 """What is released, and the three ways to install and load it, each in a fresh place: pip with and
 without isolation, and JIT.
 
-Slow (each builds the library), so they run with ``make test-packaging`` and in CI.
+These tests are slow, since each builds the library; ``make test-packaging`` and CI run them.
 """
 
 import json
@@ -65,8 +65,8 @@ def new_environment(folder: Path, *packages: str) -> Path:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """The tracked files alone, without what earlier builds left, under a name with a space and
-    letters beyond ASCII."""
+    """The tracked files only, without leftovers of earlier builds, under a name with a space and
+    non-ASCII letters."""
     folder = tmp_path_factory.mktemp("a checkout") / "öe ext 外れ値"
     names = run("git", "ls-files", "-z", cwd=ROOT).split("\0")
     for name in filter(None, names):
@@ -78,7 +78,7 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> Path:
-    """torch and what a build needs, for --no-build-isolation."""
+    """torch and the build requirements, for --no-build-isolation."""
     return new_environment(
         tmp_path_factory.mktemp("venv") / "v", f"torch=={TORCH}", "numpy", *BUILD_REQUIREMENTS
     )
@@ -96,7 +96,7 @@ def made_by_make_dist(pattern: str) -> Path:
 
 
 def test_sdist():
-    """It holds what is tracked, so that the whole project can be built and tested from it."""
+    """The sdist holds all tracked files, so the project can be built and tested from it."""
     sdist = made_by_make_dist("*.tar.gz")
     assert sdist.name == f"oe_ext-{oe_ext.__version__}.tar.gz"
     with tarfile.open(sdist) as archive:
@@ -107,7 +107,7 @@ def test_sdist():
 
 
 def test_wheel():
-    """It holds the package and its library alone, and wants the torch that it was built with."""
+    """The wheel holds only the package and its library, and requires its torch version."""
     wheel = made_by_make_dist("*.whl")
     assert wheel.name.startswith(f"oe_ext-{oe_ext.__version__}-cp")
     with zipfile.ZipFile(wheel) as archive:
@@ -122,7 +122,7 @@ def test_wheel():
 
 
 def test_cibuildwheel_knows_what_to_build():
-    """No wheel is built: that takes containers."""
+    """Builds no wheel: that needs containers."""
     command = (sys.executable, "-m", "cibuildwheel", "--platform", "linux", "--archs", "x86_64")
     output = run(*command, "--print-build-identifiers", ROOT, cwd=ROOT)
     expected = [f"cp3{minor}-manylinux_x86_64" for minor in range(10, 15)]
@@ -130,7 +130,7 @@ def test_cibuildwheel_knows_what_to_build():
 
 
 def test_the_recipe_for_conda_renders():
-    """No package is built: that takes conda-forge's channel."""
+    """Builds no package: that needs conda-forge's channel."""
     from rattler_build import PlatformConfig, RenderConfig, Stage0Recipe, VariantConfig
 
     variants = VariantConfig(
@@ -149,7 +149,7 @@ def test_the_recipe_for_conda_renders():
 
 
 def test_wheel_and_editable(checkout, environment, tmp_path):
-    """Each takes the other's place, whichever came first, and leaves nothing when it goes."""
+    """Each install replaces the other in either order, and uninstalls without leftovers."""
     pip = (environment, "-m", "pip")
     wheel = ("install", "-q", "--no-deps", made_by_make_dist("*.whl"))
     editable = ("install", "-q", "--no-build-isolation", "--no-deps", "-e", checkout)
@@ -159,7 +159,7 @@ def test_wheel_and_editable(checkout, environment, tmp_path):
     check_import(environment, tmp_path, str(checkout))
     run(*pip, *wheel, "--force-reinstall", cwd=tmp_path)
     check_import(environment, tmp_path, "site-packages")
-    # The checkout has a library of its own, from the editable install.
+    # The checkout has its own library, from the editable install.
     check_import(environment, checkout, str(checkout))
     listed = json.loads(run(*pip, "list", "--format=json", cwd=tmp_path))
     assert [entry for entry in listed if "editable_project_location" in entry] == []
@@ -208,7 +208,7 @@ def start_jit(checkout: Path, cache: Path) -> subprocess.Popen:
 
 
 def kill_while_compiling(process: subprocess.Popen, cache: Path) -> None:
-    """With all that it has started, as a machine that is switched off."""
+    """Kills a process with its children, like a machine that is switched off."""
     deadline = time.monotonic() + 120
     while not (any(cache.glob("*/*.o")) and any(cache.glob("*/lock"))):
         assert process.poll() is None, process.communicate()[0]
@@ -224,9 +224,8 @@ def kill_while_compiling(process: subprocess.Popen, cache: Path) -> None:
 
 
 def test_jit(checkout, tmp_path):
-    """A checkout without a library builds itself on import. A build that was killed, with torch's
-    lock left behind, stands in nobody's way; two processes that want it at once get one build; and
-    the next one finds it."""
+    """A checkout without a library builds itself on import. A killed build leaves torch's lock
+    behind, but blocks nobody. Two processes at once share one build, and the next one finds it."""
     cache = tmp_path / "torch extensions 外れ値"
     killed = start_jit(checkout, cache)
     kill_while_compiling(killed, cache)
@@ -253,7 +252,7 @@ def test_jit(checkout, tmp_path):
 
 @pytest.mark.cuda_build
 def test_jit_with_cuda(checkout, tmp_path):
-    """No GPU is needed: every operator gets its CUDA kernel."""
+    """Every operator gets its CUDA kernel, without a GPU."""
     code = CHECK + (
         "names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith('oe_ext::')]\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"

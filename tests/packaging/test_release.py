@@ -1,4 +1,4 @@
-"""What is written in two places, for those who read only one, says the same in both."""
+"""Facts that are written in two places agree."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
 def makefile(variable: str) -> list[str]:
-    """The words of a variable."""
+    """The words in a variable of the Makefile."""
     return re.search(rf"^{variable} +\?= (.*)", MAKEFILE, re.MULTILINE)[1].split()
 
 

@@ -1,9 +1,9 @@
-"""How far from the reference in float64 a result may lie.
+"""How far a result may differ from the reference in float64.
 
-A few roundings of the arithmetic (``ARITHMETIC``, as the cases of the SIMT harness), each relative
-to what one position contributes; then one rounding to the dtype of the result, which is done and
-not estimated, so that overflow, underflow and ties come out as they must. Where the reference
-itself, in the dtype of the arithmetic, leaves the numbers, the same is allowed.
+The budget is a few roundings of the arithmetic (``ARITHMETIC``, as in the cases of the SIMT
+harness), each relative to the contribution of one position, plus one rounding to the dtype of the
+result. The latter is computed and not estimated, so overflow, underflow and ties are exact. Where
+the reference in the dtype of the arithmetic gives inf or NaN, a result may do so too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from oe_ext import reference
 
 @dataclass(frozen=True)
 class Results:
-    """The loss, and its gradients; that of alpha where alpha is a tensor."""
+    """The loss and its gradients; that of alpha if alpha is a tensor."""
 
     loss: Tensor
     grad: Tensor
@@ -28,16 +28,16 @@ class Results:
 
 
 def reference_results(case: Case, inputs: Inputs, upstream: Tensor, dtype: torch.dtype) -> Results:
-    """The reference's own, on the same values in another dtype."""
+    """The results of the reference, on the same values in another dtype."""
     logits = inputs.logits.to(dtype).requires_grad_()
-    # Both go through the dtype of the operator's arithmetic first.
+    # Both pass through the dtype of the operator's arithmetic first.
     alpha = torch.as_tensor(inputs.alpha, dtype=case.acc_dtype).detach().to(dtype)
 
     def loss_of(alpha: Tensor) -> Tensor:
         function = reference.outlier_exposure_loss
         return function(logits, inputs.target, alpha, case.reduction, **case.special_labels)
 
-    # A learnable alpha makes the reference look at outliers of weight 0: one call for each.
+    # With a learnable alpha the reference reads outliers of weight 0: one call for each gradient.
     loss = loss_of(alpha)
     (grad,) = torch.autograd.grad(loss, logits, upstream.to(dtype), allow_unused=True)
     alpha_grad = None
@@ -49,7 +49,7 @@ def reference_results(case: Case, inputs: Inputs, upstream: Tensor, dtype: torch
 
 @dataclass(frozen=True)
 class Budgets:
-    """Absolute, of the arithmetic."""
+    """The absolute budgets of the arithmetic."""
 
     loss: Tensor
     grad: Tensor
@@ -72,7 +72,7 @@ def budgets(case: Case, inputs: Inputs, upstream: Tensor) -> Budgets:
     else:
         divisor = torch.ones_like(inlier, dtype=torch.int64)
     share = torch.where(inlier | outlier, 1 / divisor.clamp(min=1).double(), 0)
-    # The terms of a row's loss are positive; their roundings are relative to them, but for that of
+    # The terms of a row's loss are positive. Their roundings are relative to them, except that of
     # the logarithm, whose argument is at least 1.
     of_row = rounding * cross_entropy.nan_to_num(posinf=0).clamp(min=1)
     # and each may be rounded where it is subnormal
@@ -95,9 +95,9 @@ def budgets(case: Case, inputs: Inputs, upstream: Tensor) -> Budgets:
 
 
 def outside(actual: Tensor, truth: Tensor, budget: Tensor, native: Tensor) -> Tensor:
-    """Where a result is neither within its budget of the truth, nor excused: where the reference's
-    own in the same arithmetic is inf or NaN, so may the result be. Which of them, of sums of inf
-    and -inf, is an accident of their order."""
+    """Where a result exceeds its budget and is not excused. Where the reference in the same
+    arithmetic is inf or NaN, the result may be inf or NaN: in sums of inf and -inf, their order
+    decides."""
     dtype = actual.dtype
     low, high = (truth - budget).to(dtype), (truth + budget).to(dtype)
     nearest = truth.to(dtype)

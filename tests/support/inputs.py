@@ -1,4 +1,4 @@
-"""Inputs for the tests: logits of every layout, targets of every mix."""
+"""Inputs for the tests: logits in every layout, targets of every mix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INT_DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8]
 INT_DTYPES += [torch.uint8, torch.uint16, torch.uint32]
 
 # By code path: one class; fewer than a vector of any dtype; a prime; one below and one above a
-# vector; around eight class blocks of 16; a row that takes a warp at most, and one that takes a
+# vector; around eight class blocks of 16; a row that one warp processes, and one that takes a
 # block.
 CLASS_COUNTS = [1, 2, 3, 7, 9, 16, 127, 129, 1000, 1031]
 
@@ -25,7 +25,7 @@ SHAPES = {
 
 
 def make_logits(shape, dtype=torch.float64, device="cpu", *, scale=3.0, offset=0.0) -> Tensor:
-    """Random logits; the same values in every dtype that can hold them."""
+    """Random logits, with the same values in every dtype that can hold them."""
     values = torch.randn(shape, dtype=torch.float64) * scale + offset
     return values.to(device=device, dtype=dtype)
 
@@ -51,7 +51,7 @@ def make_target(shape, mix="mixed", dtype=torch.int64, device="cpu") -> Tensor:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """The class axis innermost in memory, as after a convolution in channels_last."""
+    """Classes innermost in memory, as after a channels_last convolution."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -78,17 +78,17 @@ def _strided(x: Tensor) -> Tensor:
 
 
 def _expanded(x: Tensor) -> Tensor:
-    """One batch element for all: stride 0."""
+    """One element for the whole batch: stride 0."""
     return x[:1].expand(x.shape)
 
 
 def _one_class(x: Tensor) -> Tensor:
-    """One class for all: one stride walks all rows, but not those of the gradient."""
+    """One value for all classes: one stride covers all rows, but not those of the gradient."""
     return x[:, :1].contiguous().expand(x.shape)
 
 
 def _cropped(x: Tensor) -> Tensor:
-    """The inside of a larger image: no single stride over its pixels."""
+    """A crop of a larger image: no single stride covers its pixels."""
     if x.dim() < 4:
         return _sliced(x)
     shape = [*x.shape[:-1], x.shape[-1] + 2]
@@ -106,12 +106,12 @@ LAYOUTS = {
     "one class": _one_class,
     "cropped": _cropped,
 }
-# Those that are read without a copy.
+# The layouts that are read without a copy.
 UNCOPIED_LAYOUTS = ["contiguous", "channels_last", "sliced", "strided", "expanded", "one class"]
 
 
 def is_read_in_place(logits: Tensor) -> bool:
-    """Can a single stride walk the pixels? Else the logits are copied, once."""
+    """Does a single stride cover the pixels? If not, the logits are copied once."""
     try:
         logits.view(*logits.shape[:2], -1 if logits.numel() > 0 else 0)
     except RuntimeError:

@@ -1,7 +1,7 @@
 """Packages that some tests use, and that an environment may lack.
 
-``make test ENV=current`` takes an environment as it is: there, a test whose package is missing is
-skipped. Everywhere else the package belongs to what is installed, and it is an error.
+``make test ENV=current`` uses an environment as it is, and skips tests whose package is missing.
+Everywhere else a missing package is an error.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def _may_be_missing(*packages: str) -> Iterator[None]:
 
 
 def module(name: str) -> ModuleType:
-    """A module of an optional package."""
+    """Imports a module of an optional package."""
     with _may_be_missing(name.partition(".")[0]):
         return importlib.import_module(name)
 
 
 def require(*packages: str) -> None:
-    """Looks for packages that another process will import."""
+    """Requires packages that another process will import."""
     for package in packages:
         with _may_be_missing(package):
             if importlib.util.find_spec(package) is None:
@@ -43,6 +43,6 @@ def require(*packages: str) -> None:
 
 
 def pytorch_ood_class() -> type[torch.nn.Module]:
-    """The class that ours replaces."""
+    """pytorch-ood's class, which ours replaces."""
     with _may_be_missing("pytorch_ood"):
         return load_pytorch_ood_class()

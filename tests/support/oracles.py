@@ -1,4 +1,4 @@
-"""What the operator is held against."""
+"""The oracles that the operator is compared with."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from oe_ext import reference
 def load_pytorch_ood_class() -> type[torch.nn.Module]:
     """``OutlierExposureLoss`` of the installed pytorch-ood, from its own files.
 
-    The package's ``__init__`` files import torchvision and more, which the loss does not need, so
-    the packages are entered without running them.
+    The package's ``__init__`` files import torchvision and more, which the loss does not need.
+    They are not executed.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
+        ModuleNotFoundError: pytorch-ood is not installed.
     """
     name = "pytorch_ood"
     if f"{name}.loss.oe" not in sys.modules:
@@ -41,7 +41,7 @@ def load_pytorch_ood_class() -> type[torch.nn.Module]:
 
 
 def loss_and_grad(function, logits: Tensor, *args, weight=None, **kwargs) -> tuple[Tensor, Tensor]:
-    """The loss, and its gradient (of ``<weight, loss>`` where it is not a scalar)."""
+    """The loss and its gradient (of ``<weight, loss>`` if it is not a scalar)."""
     logits = logits.detach().requires_grad_()
     loss = function(logits, *args, **kwargs)
     if weight is None:

@@ -1,4 +1,4 @@
-"""Where this tree is, and what programs that tests start may import of it."""
+"""Folders of this tree, for tests and for programs that tests start."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Runs a function in several processes that are joined by gloo."""
+"""Runs a function in several processes that gloo connects."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def _child(rank: int, function: Callable[..., None], world: int, path: str, args
     try:
         function(*args)
     finally:
-        # The models of a test refer to the group in circles, so that its threads would outlive it
-        # and the interpreter, which ends a thread that asks for it by an abort.
+        # Models of a test refer to the group in cycles. Without a collection, its threads would
+        # outlive the group and the interpreter, which aborts at a thread that asks for it.
         gc.collect()
         dist.destroy_process_group()
 
 
 def run(world: int, function: Callable[..., None], *args: Any) -> None:
-    """Calls ``function(*args)``, of the top of a module, in ``world`` processes. An error in any of
-    them is raised here."""
+    """Calls ``function(*args)``, a module-level function, in ``world`` processes. Raises the error
+    of any of them here."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "rendezvous")
         torch.multiprocessing.spawn(_child, (function, world, path, args), nprocs=world)

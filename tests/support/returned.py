@@ -1,4 +1,4 @@
-"""All that a call and its derivatives return, to be compared bit by bit."""
+"""Everything that a call and its derivatives return, for bitwise comparisons."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def all_returned(
     reduction: str | None,
     **special_labels: Any,
 ) -> dict[str, Tensor]:
-    """The loss, its statistics and scores, both first derivatives, what the second derive from
-    them, and a tangent."""
+    """The loss, its statistics and scores, both first derivatives, the second derivatives, and a
+    tangent."""
     logits = logits.detach().requires_grad_()
     leaves = {"logits": logits}
     if isinstance(alpha, Tensor):
@@ -48,7 +48,7 @@ def all_returned(
         )
 
     primals = tuple(leaf.detach() for leaf in leaves.values())
-    if any(0 in primal.stride() for primal in primals):  # of which torch makes no dual numbers
+    if any(0 in primal.stride() for primal in primals):  # torch makes no dual numbers of these
         primals = tuple(primal.contiguous() for primal in primals)
     _, result["tangent"] = torch.func.jvp(of_leaves, primals, tuple(directions))
     return {name: tensor.detach() for name, tensor in result.items()}

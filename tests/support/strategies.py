@@ -1,7 +1,7 @@
-"""Hypothesis strategies: what a caller can hand to the loss.
+"""Hypothesis strategies for the arguments of the loss.
 
-They draw descriptions, not tensors, so that the report of a failure is an expression to paste into
-a test; ``make()`` builds the tensors.
+They draw descriptions, not tensors, so a failure is reported as an expression to paste into a test.
+``make()`` builds the tensors.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ UPSTREAMS = ["one", "random", "expanded", "strided", "negative", "zero", "scaled
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the elements lie: any strides that a view of one storage can have, but for overlap
-    other than by expansion."""
+    """The memory layout of a tensor: any strides of a view of one storage, with overlap only by
+    expansion."""
 
     order: tuple[int, ...]  # the axes, outermost in memory first
     steps: tuple[int, ...]  # of each axis
@@ -40,7 +40,7 @@ class Layout:
         return cls(order, (1,) * dim, (0,) * dim, (False,) * dim)
 
     def place(self, values: Tensor, filler: float) -> Tensor:
-        """The values (along an expanded axis the first) in this layout, ``filler`` between them."""
+        """The values in this layout, ``filler`` between them; only the first of expanded axes."""
         sizes = [
             min(size, 1) if one else size
             for size, one in zip(values.shape, self.expanded, strict=True)
@@ -72,8 +72,8 @@ class Case:
     layout: Layout
     label_dtype: torch.dtype
     label_layout: Layout
-    labels: tuple[int, ...]  # what the target holds
-    alpha: float | tuple[float, ...] = 0.5  # what a tensor holds
+    labels: tuple[int, ...]  # the values of the target
+    alpha: float | tuple[float, ...] = 0.5  # the values, if it is a tensor
     alpha_dtype: torch.dtype | None = None  # None: a number
     alpha_shape: tuple[int, ...] = ()
     reduction: str | None = "mean"
@@ -116,7 +116,7 @@ class Case:
             alpha = choose(self.alpha, self.alpha_shape, torch.float64).to(self.alpha_dtype)
         return Inputs(
             self.layout.place(logits, NAN),
-            # between the labels stands what is no label
+            # between the labels lies a value that is no label
             self.label_layout.place(target, torch.iinfo(self.label_dtype).max),
             alpha,
         )
@@ -138,12 +138,12 @@ class Case:
 
 
 def examples(per_thousand: int) -> settings:
-    """This share of all examples, of which a run's profile says how many there are."""
+    """Settings with this share of the examples that the profile of a run sets."""
     return settings(max_examples=max(1, settings().max_examples * per_thousand // 1000))
 
 
 def kind_of(label: int, num_classes: int, ignore_index: int | None, ood_index: int | None) -> str:
-    """The table of the README, once more: it shares no code with the library."""
+    """The README's table of labels, without the code of the library."""
     if label == ignore_index:
         return "ignored"
     if (label < 0) if ood_index is None else (label == ood_index):
@@ -204,7 +204,7 @@ def alpha_shapes(draw: st.DrawFn, target_shape: tuple[int, ...]) -> tuple[int, .
 def legal_labels(
     label_dtype: torch.dtype, num_classes: int, ignore_index: int | None, ood_index: int | None
 ) -> list[int]:
-    """The interesting ones."""
+    """Legal labels at the limits and inside them."""
     info = torch.iinfo(label_dtype)
     candidates = {0, 1, num_classes // 2, num_classes - 1, info.max, info.min, -1, -7}
     candidates |= {label for label in (ignore_index, ood_index) if label is not None}
@@ -218,7 +218,7 @@ def legal_labels(
 
 @st.composite
 def cases(draw: st.DrawFn, max_logits: int = 4000, *, finite: bool = False) -> Case:
-    """Legal input. ``finite``: no special logits, and weights that leave the loss finite."""
+    """Legal input. ``finite``: no special logits, and weights that keep the loss finite."""
     shape = draw(shapes(max_logits))
     dtype = draw(st.sampled_from(DTYPES))
     label_dtype = draw(st.sampled_from(INT_DTYPES))
