@@ -1,4 +1,4 @@
-// A model that AOTInductor compiled, with our operator in it, runs from C++ without Python.
+// A model with our operator, compiled by AOTInductor, runs from C++ without Python.
 #include <gtest/gtest.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/script.h>

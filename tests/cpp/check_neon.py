@@ -1,4 +1,4 @@
-"""Fails where a loop of the CPU kernels has lost its NEON vectors.
+"""Fails if a loop of the CPU kernels has lost its NEON vectors.
 
     aarch64-linux-gnu-objdump -dC PROGRAM | python check_neon.py
 

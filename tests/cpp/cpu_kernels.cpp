@@ -1,8 +1,8 @@
-// The kernels of csrc/cpu, on threads of the standard library's instead of OpenMP's.
+// The kernels of csrc/cpu, on std::threads instead of OpenMP's threads.
 //
-// ThreadSanitizer knows what a std::thread waits for, and not what a thread of libgomp does, which
-// is not compiled with it: there, every barrier looks like a race. This definition comes before
-// libtorch's, in the linker's order.
+// ThreadSanitizer understands how a std::thread waits, but not libgomp, which is not compiled with
+// it: every barrier there looks like a race. The linker takes this definition before that of
+// libtorch.
 #include "cpu_kernels.h"
 
 #include <torch/csrc/stable/c/shim.h>
@@ -45,7 +45,7 @@ AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, Par
   const int64_t most = (end - begin + grain - 1) / grain;
   const int64_t size =
       (end - begin + std::min(num_threads, most) - 1) / std::min(num_threads, most);
-  std::atomic<bool> failed = false;  // all that libtorch's tells of an exception
+  std::atomic<bool> failed = false;  // all that libtorch's version reports of an exception
   std::vector<std::thread> threads;
   for (int64_t first = begin; first < end; first += size) {
     const int64_t last = threads_overlap ? end : std::min(first + size, end);

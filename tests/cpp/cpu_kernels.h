@@ -5,13 +5,13 @@
 
 namespace oe_ext::testing {
 
-// A new thread for each part of a task, up to so many.
+// A new thread for each part of a task, up to this many.
 extern int64_t num_threads;
 
-// A planted race: each thread also does the work of those after it.
+// A deliberate race: each thread also does the work of the threads after it.
 extern bool threads_overlap;
 
-// The kernels find no memory for their scratch.
+// The allocation of scratch memory fails.
 extern bool no_memory;
 
 }  // namespace oe_ext::testing

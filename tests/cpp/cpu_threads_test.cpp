@@ -1,5 +1,5 @@
-// What only the CPU kernels promise: the same bits from any number of threads, and the first label
-// that is not legal. Under ThreadSanitizer also that no two threads touch the same memory.
+// Promises of the CPU kernels alone: the same bits for any number of threads, and the first illegal
+// label. Under ThreadSanitizer also: no two threads touch the same memory.
 #include <gtest/gtest.h>
 
 #include <new>
@@ -63,8 +63,8 @@ Outputs outputs_of(const Problem<float>& problem, int64_t threads) {
   return outputs;
 }
 
-// Several tasks each: more logits than a thread is started for, and in the last one more labels,
-// which are counted by threads of their own.
+// Several tasks each: more logits than one thread handles alone and, in the last case, also more
+// labels, which separate threads count.
 const std::pair<Shape, Layout> kProblems[] = {
     {{1, 3001, 65}, Layout::kRows},   {{3, 3001, 19}, Layout::kPixels},
     {{3, 3001, 19}, Layout::kImages}, {{1, 7, 40009}, Layout::kRows},
@@ -81,7 +81,7 @@ TEST(Threads, AnyNumberGivesTheSameBits) {
   }
 }
 
-// More than 32 MiB, so that the pages of the gradient are populated first.
+// More than 32 MiB, so the pages of the gradient are populated first.
 TEST(Threads, LargeGradient) {
   const Problem<float> problem({1, 9001, 1031}, Layout::kRows, LabelType::kInt16);
   EXPECT_TRUE(outputs_of(problem, 4).has_bits_of(outputs_of(problem, 1)));
@@ -127,7 +127,7 @@ TEST(Labels, TheFirstIllegalOneIsReported) {
   }
 }
 
-// ThreadSanitizer must find this one (CMakeLists.txt).
+// ThreadSanitizer must find this race (CMakeLists.txt).
 TEST(Threads, DISABLED_PlantedRace) {
   threads_overlap = true;
   outputs_of(Problem<float>({1, 3001, 65}, Layout::kRows, LabelType::kInt64), 2);

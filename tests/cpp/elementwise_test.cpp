@@ -1,5 +1,5 @@
-// Conversions of the CPU kernels, as every processor of the architecture computes them, against
-// torch's, which for Half are instructions on aarch64.
+// Conversions of the CPU kernels, in the version for every processor of the architecture, compared
+// with those of torch, which are instructions for Half on aarch64.
 #include "cpu/elementwise.h"
 
 #include <gtest/gtest.h>
@@ -27,7 +27,7 @@ TYPED_TEST(Conversions, FromEveryNumber) {
   }
 }
 
-// Ties, the floats on either side of them, and every kind of number between.
+// Ties, the floats on both sides of them, and every kind of number in between.
 TYPED_TEST(Conversions, ToTheNearestNumber) {
   for (uint32_t high = 0; high < 0x100000; ++high) {
     for (const uint32_t low : {0U, 1U, 0xfffU}) {

@@ -25,7 +25,7 @@ class Scorer(torch.nn.Module):
 
 
 class Tensors(torch.nn.Module):
-    """What torch::jit::load reads in C++."""
+    """A file that torch::jit::load reads in C++."""
 
     def __init__(self, **tensors: torch.Tensor) -> None:
         super().__init__()

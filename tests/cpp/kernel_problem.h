@@ -1,8 +1,8 @@
-// Inputs and outputs of a kernel in raw memory, and the loss by its definition, in double.
+// The inputs and outputs of a kernel in raw memory, and the loss by its definition, in double.
 //
-// Each buffer is an allocation of its own and ends with its last element, so that AddressSanitizer
-// sees the first byte beyond it. What a kernel should write starts as NaN, and what lies between
-// the strides of a gradient as a number that must survive.
+// Each buffer is its own allocation and ends with its last element, so AddressSanitizer sees the
+// first byte after it. Outputs start as NaN; the gaps between the strides of a gradient start as a
+// number that must survive.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -23,7 +23,7 @@
 namespace oe_ext::testing {
 
 constexpr int64_t kIgnore = -100;
-constexpr int64_t kOutlier = 101;  // where the labels are unsigned
+constexpr int64_t kOutlier = 101;  // if the labels are unsigned
 
 template <typename T>
 class Buffer {
@@ -49,11 +49,11 @@ class Buffer {
 
 enum class Layout {
   kRows,         // [row][class]
-  kSliced,       // the same, of rows that are wider
+  kSliced,       // the same, in wider rows
   kEverySecond,  // every second class of rows twice as wide
-  kImages,       // rows, in images that do not follow one another
+  kImages,       // rows, in images that are not adjacent
   kPixels,       // [image][class][pixel]
-  kOneRow,       // one row for all: to read
+  kOneRow,       // one row for all: only to read
 };
 
 struct Shape {
@@ -89,7 +89,7 @@ inline RowLayout make_layout(Layout kind, Shape shape) {
   return layout;
 }
 
-// From the first element to the last.
+// The number of elements from the first to the last.
 inline int64_t extent(const RowLayout& layout) {
   if (layout.num_rows() == 0) {
     return 0;
@@ -133,7 +133,7 @@ class LabelBuffer {
     size = is_one_of(LabelType::kInt8, LabelType::kUInt8) ? sizeof(int8_t) : size;
     memory_ = std::make_unique<char[]>(shape.rows() * size);
     labels.data = memory_.get();
-    // What the type can hold, beside the special labels.
+    // The labels that the type can hold, beside the special labels.
     const int64_t highest = std::min<int64_t>(shape.classes - 1, size == 1 ? 100 : 30000);
     for (int64_t row = 0; row < shape.rows(); ++row) {
       const auto kind = random() % 8;
@@ -153,7 +153,7 @@ class LabelBuffer {
   std::unique_ptr<char[]> memory_;
 };
 
-// What a row's loss and gradient are, by definition.
+// A row's loss and gradient, by definition.
 struct Expected {
   double max = 0;
   double sum_exp = 0;
@@ -177,7 +177,7 @@ class Problem {
     for (int64_t row = 0; row < shape.rows(); ++row) {
       alphas[row] = static_cast<acc_t>(0.25 + 0.5 * (row % 3));
       upstream[row] = static_cast<acc_t>(1 + row % 5);
-      // Nothing of an ignored row may be looked at.
+      // An ignored row must not be read.
       if (layout != Layout::kOneRow && labels.kind(row) == RowKind::kIgnored) {
         continue;
       }
@@ -226,7 +226,7 @@ class Problem {
     return result;
   }
 
-  // What forward and backward have in common.
+  // The arguments common to forward and backward.
   template <typename Args>
   Args inputs(const Reduction& reduction, bool alpha_of_each_row) const {
     Args args;

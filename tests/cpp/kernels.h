@@ -1,5 +1,5 @@
-// The kernels under test: those of csrc/cpu (cpu_kernels.cpp), or those of csrc/cuda with each CUDA
-// thread a fiber (simt_kernels.cpp). Both return the first row whose label is not legal, or -1.
+// The kernels under test: those of csrc/cpu (cpu_kernels.cpp), or those of csrc/cuda with one fiber
+// per CUDA thread (simt_kernels.cpp). Both return the first row with an illegal label, or -1.
 #pragma once
 
 #include "core/kernel_args.h"
@@ -12,7 +12,7 @@ int64_t run(const ForwardArgs<scalar_t, acc_t>& args);
 template <typename scalar_t, typename acc_t>
 int64_t run(const BackwardArgs<scalar_t, acc_t>& args);
 
-// Stands behind their definitions.
+// Follows their definitions.
 #define OE_EXT_INSTANTIATE_RUN()               \
   OE_EXT_INSTANTIATE_RUN_OF(double, double);   \
   OE_EXT_INSTANTIATE_RUN_OF(float, float);     \

@@ -1,5 +1,5 @@
-// The kernels on raw memory, in each dtype, reduction and layout, against the definition; and that
-// they touch nothing beside their arguments. Compiled for each backend (kernels.h).
+// The kernels on raw memory, in each dtype, reduction and layout, compared with the definition.
+// They must touch nothing but their arguments. Compiled for each backend (kernels.h).
 #include "kernels.h"
 
 #include <gtest/gtest.h>
@@ -9,7 +9,7 @@
 namespace oe_ext::testing {
 namespace {
 
-// Fibers are slow: they take one problem in so many.
+// Fibers are slow: they run only one of this many problems.
 #ifdef SIMT_CPU
 constexpr size_t kEvery = 17;
 #else
@@ -20,7 +20,7 @@ constexpr LabelType kLabelTypes[] = {LabelType::kInt64, LabelType::kInt32, Label
                                      LabelType::kInt8,  LabelType::kUInt8, LabelType::kUInt16,
                                      LabelType::kUInt32};
 
-// Of the logits and of the gradient.
+// The layouts of the logits and of the gradient.
 constexpr std::pair<Layout, Layout> kLayouts[] = {
     {Layout::kRows, Layout::kRows},        {Layout::kPixels, Layout::kPixels},
     {Layout::kSliced, Layout::kRows},      {Layout::kImages, Layout::kImages},
@@ -29,16 +29,16 @@ constexpr std::pair<Layout, Layout> kLayouts[] = {
     {Layout::kSliced, Layout::kSliced},    {Layout::kOneRow, Layout::kRows},
 };
 
-// One class; around a vector of each width; the last walk along rows and the first along classes;
-// around a tile of rows; rows of several tiles.
+// One class; around a vector of each width; the last class count for loops along rows, and the
+// first for loops along classes; around a tile of rows; rows of several tiles.
 constexpr Shape kShapes[] = {
     {1, 1, 1},   {1, 1, 2},   {2, 5, 1},    {3, 7, 3},    {1, 15, 8},
     {2, 33, 16}, {1, 17, 17}, {1, 257, 10}, {2, 40, 63},  {2, 40, 64},
     {1, 40, 65}, {2, 9, 129}, {1, 31, 31},  {1, 5, 1031}, {0, 1, 4},
 };
 
-// Rows longer than a CPU tile's scratch memory and than a GPU block's shared memory; pixels whose
-// classes do not fit one either.
+// Rows longer than the scratch memory of a CPU tile and the shared memory of a GPU block; pixels
+// whose classes fit neither.
 constexpr Shape kLargeShapes[] = {{1, 2, 33000}, {1, 2, 70001}, {1, 19, 4999}};
 
 double unit_in_last_place(double x, double epsilon) { return epsilon * std::max(1.0, std::abs(x)); }
@@ -83,7 +83,7 @@ class Kernels : public ::testing::Test {
         reduction.divisors(double(counts.inliers), double(counts.outliers));
     const RowLayout gradients = make_layout(grad_layout, problem.shape);
 
-    // What follows from the definition, for each row: its weight and its divisor.
+    // Derived from the definition, for each row: its weight and its divisor.
     std::vector<double> weights;
     std::vector<double> losses;
     GroupSums sums;
@@ -98,7 +98,7 @@ class Kernels : public ::testing::Test {
       sums.add(kind, losses.back());
     }
 
-    // An inference: the loss alone. Then with all that is kept for the backward.
+    // Inference: the loss alone. Then with everything that the backward needs.
     for (const bool keeps : {false, true}) {
       auto args =
           problem.template inputs<ForwardArgs<scalar_t, acc_t>>(reduction, alpha_of_each_row);
@@ -142,7 +142,7 @@ class Kernels : public ::testing::Test {
     }
   }
 
-  // From the logits; and, where there is one, in the place of the gradient for 1.
+  // From the logits; and, if there is one, in place of the gradient for 1.
   void check_backward(Problem<T>& problem, const std::vector<Expected>& expected,
                       const std::vector<double>& weights, BackwardArgs<scalar_t, acc_t>& args,
                       Buffer<scalar_t>& unit_gradient, const RowLayout& gradients) {
@@ -194,7 +194,7 @@ class Kernels : public ::testing::Test {
     }
   }
 
-  // `upstream` is 0 where each row has its own.
+  // `upstream` is 0 if each row has its own.
   void check_gradient(Problem<T>& problem, const std::vector<Expected>& expected,
                       const std::vector<double>& weights, const Buffer<scalar_t>& actual,
                       const RowLayout& layout, double upstream) {
@@ -249,7 +249,7 @@ TYPED_TEST(Kernels, RowsAndPixelsThatFitNoTile) {
   }
 }
 
-// A row with an infinity or a NaN becomes NaN, and no other row does.
+// Only rows with an infinity or a NaN become NaN.
 TYPED_TEST(Kernels, SpecialNumbersStayInTheirRow) {
   using scalar_t = TypeParam;
   using acc_t = typename Problem<scalar_t>::acc_t;
@@ -275,8 +275,8 @@ TYPED_TEST(Kernels, SpecialNumbersStayInTheirRow) {
   }
 }
 
-// What the sanitizers must find (CMakeLists.txt): one logit less than the layout says, and strides
-// whose product does not fit.
+// Errors that the sanitizers must find (CMakeLists.txt): one logit less than the layout says, and
+// strides whose product overflows.
 template <typename Change>
 void run_wrongly(const Change& change) {
   const Problem<float> problem({1, 600, 5}, Layout::kRows, LabelType::kInt64);
@@ -294,7 +294,7 @@ TEST(Planted, DISABLED_Overread) {
 }
 
 TEST(Planted, DISABLED_Overflow) {
-  // 2^64 bytes: once it leads back to the first row, twice it does not fit.
+  // 2^64 bytes: one step leads back to the first row, two overflow.
   run_wrongly([](auto& args) { args.layout.inner_stride = int64_t(1) << 62; });
 }
 

@@ -1,4 +1,4 @@
-// The maths of one row on the host, against sums in long double.
+// The maths of one row on the host, compared with sums in long double.
 #include "core/row_math.h"
 
 #include <gtest/gtest.h>
@@ -16,7 +16,7 @@ namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-// As every kernel sums: a block of classes at a time.
+// Sums like every kernel: one block of classes at a time.
 template <typename acc_t>
 RowStats<acc_t> stats_of(const std::vector<acc_t>& x) {
   RowStats<acc_t> stats;
@@ -57,7 +57,7 @@ struct Expected {
 template <typename acc_t>
 acc_t inlier_cross_entropy(const RowStats<acc_t>& stats, acc_t logit) {
   const auto inlier = RowCoefficients<acc_t>::of_row(true, false, acc_t(1));
-  const acc_t nan = std::numeric_limits<acc_t>::quiet_NaN();  // of no interest to an inlier
+  const acc_t nan = std::numeric_limits<acc_t>::quiet_NaN();  // an inlier ignores it
   return RowLoss<acc_t>::of_row(inlier, stats.log_sum(), logit - stats.max, nan).loss;
 }
 
@@ -157,7 +157,7 @@ TEST(RowGradient, IsSoftmaxMinusQ) {
         GradientCoefficients<double>::of_row(row, stats.sum_exp, /*scale=*/2.0, /*num_classes=*/3),
         /*label=*/1, /*active=*/true};
   };
-  // An inlier, an outlier, and what lies between: a smoothed label.
+  // An inlier, an outlier, and a mixture: a smoothed label.
   for (const RowCoefficients<double> row : {RowCoefficients<double>::of_row(true, false, 1.0),
                                             RowCoefficients<double>::of_row(false, true, 0.5),
                                             {1.0, 0.75, 0.25}}) {
@@ -193,14 +193,14 @@ TEST(LabelRule, Kinds) {
 
   rule.ood_index = 2;  // one of the classes
   EXPECT_EQ(rule.kind(2), RowKind::kOutlier);
-  rule.ignore_index = 2;  // looked at first
+  rule.ignore_index = 2;  // takes precedence
   EXPECT_EQ(rule.kind(2), RowKind::kIgnored);
 }
 
 TEST(LabelRule, ClassesOfAPart) {
   LabelRule rule;
   rule.num_classes = 10;
-  rule.first_class = 4;  // and three classes are here
+  rule.first_class = 4;  // three classes are here
   EXPECT_EQ(rule.class_here(4), 0);
   EXPECT_EQ(rule.class_here(6), 2);
   for (const int64_t elsewhere : {0, 3, 7, 9}) {
@@ -209,7 +209,7 @@ TEST(LabelRule, ClassesOfAPart) {
   }
 }
 
-// The loss of num_rows rows, with the counts to divide by, or null for their own.
+// The loss of num_rows rows, divided by given counts, or by their own if null.
 double reduced(const GroupSums& sums, std::string_view name, int64_t num_rows,
                const double* given = nullptr) {
   double loss = 0;

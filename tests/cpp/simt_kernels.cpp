@@ -1,5 +1,5 @@
-// The kernels and launchers of csrc/cuda on the fibers of tests/simt, without its checker: their
-// accesses are AddressSanitizer's here.
+// The kernels and launchers of csrc/cuda on the fibers of tests/simt, without its checker: here
+// AddressSanitizer checks their accesses.
 #include <c10/macros/Macros.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>

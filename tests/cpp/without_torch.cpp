@@ -1,5 +1,5 @@
-// What the CPU kernels need of libtorch, for processors that it is not here for: how TORCH_CHECK
-// ends.
+// The part of libtorch that the CPU kernels need, for processors without a libtorch here: the end
+// of TORCH_CHECK.
 #include <c10/util/Exception.h>
 
 #include <stdexcept>
