@@ -1,4 +1,4 @@
-"""The benchmark for a GPU: all of it runs here, but events, graphs and the flush of the cache."""
+"""The GPU benchmark: everything runs here, except events, graphs and the cache flush."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from cases import CUDA_RIVALS, GOALS, Case, cuda_cases, make_inputs
 from results import CudaRow, row_fields
 from timing import Timing
 
-# Compiling would take longer than all else here.
+# Compiling would take longer than everything else here.
 RIVALS = tuple(name for name in CUDA_RIVALS if name != "compiled")
 TINY = Case("cuda", (64, 10), RIVALS, budget=0.02)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Bursts of tiny calls would keep several threads waiting for a processor that is busy."""
+    """In bursts of tiny calls, several threads would wait for a busy processor."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,7 +59,7 @@ def left_out(rival: str, reason: str, case: Case = TINY, section: str = "eager")
         (12_080, "ours", (10, 100), "float32", "int64", "none", False),
         # one pass, and 2 * 4 * 5 labels of one byte
         (2_440, "ours", (2, 15, 4, 5), "float32", "uint8", "mean", True),
-        # the labels of the others are int64
+        # the others take int64 labels
         (3 * 2400 + 320, "quack", (2, 15, 4, 5), "float32", "uint8", "mean", False),
         (6 * 2000 + 80, "cross_entropy", (10, 100), "bfloat16", "int64", "mean", False),
         (2 * 2000 + 80, "liger", (10, 100), "bfloat16", "int64", "mean", False),
@@ -83,7 +83,7 @@ def test_who_is_left_out():
     assert reasons(large) == {"pytorch-ood": "float32 only"}
     assert reasons(pixels).keys() == {"pytorch-ood", "compiled", "liger", "quack"}
     assert "float16" in reasons(replace(TINY, dtype=torch.float16))["compiled"]
-    # 64 MiB is the most that is captured.
+    # At most 64 MiB are captured.
     assert speed_rivals.is_small(replace(TINY, shape=(16384, 1024)))
     assert not speed_rivals.is_small(replace(TINY, shape=(16384, 1025)))
     assert speed_rivals.is_small(replace(TINY, shape=(16384, 1025), dtype=torch.float16))
@@ -94,12 +94,12 @@ def test_the_cases_are_the_goals_and_more():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert {case.shape for case in cases if case.dtype == dtype} > set(GOALS)
     assert len(set(map(str, cases[:30]))) == 30
-    # What one check takes in float64, which is up to six times the logits.
+    # The memory of one check in float64: up to six times the logits.
     assert max(6 * 8 * math.prod(case.shape) for case in cases) < 20e9
 
 
 def test_a_rehearsal(tmp_path, monkeypatch):
-    """Pixels and rows, with the kernels of others in the places of Liger's and quack's."""
+    """Pixels and rows, with stand-ins for the kernels of Liger and quack."""
     optional.pytorch_ood_class()
 
     def wrong(logits, classes):
@@ -162,7 +162,7 @@ def test_when_the_time_is_up_nothing_is_measured():
 
 
 def test_a_trial_of_a_capture(monkeypatch):
-    """What the process of its own prints, and what is made of it."""
+    """The output of the separate process, and its evaluation."""
     assert speed.try_capture(TINY, events.rehearsal(), "ours") == events.CAPTURED
     assert speed.try_capture(TINY, events.rehearsal(), "nobody") == "KeyError: 'nobody'"
 
@@ -183,7 +183,7 @@ def test_a_trial_of_a_capture(monkeypatch):
 
 
 def test_each_rival_has_its_own_logits():
-    """A kernel that writes over its logits spoils nobody else's."""
+    """A kernel that overwrites its logits does not affect the others."""
     inputs = make_inputs(TINY, "cpu")
     before = inputs.logits.detach().clone()
 
@@ -235,7 +235,7 @@ def test_the_tables():
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_what_events_enclose(monkeypatch, waits):
-    """The call alone; the flush comes before, and so does the waiting, if there is any."""
+    """Only the call is timed; the flush and any waiting come before."""
     done = []
 
     class Event:

@@ -1,4 +1,4 @@
-"""What the check of instruction counts lets pass."""
+"""The limits of the check of instruction counts."""
 
 from __future__ import annotations
 

@@ -125,6 +125,6 @@ def run_child(tmp_path: Path, method: str, threads: int, timeout: int) -> str:
 
 @pytest.mark.parametrize(("method", "threads"), [("forkserver", 0), ("spawn", 0), ("fork", 1)])
 def test_a_child_after_the_parents_threads_ran(tmp_path, method, threads):
-    """A plain fork needs torch.set_num_threads(1) in the child, like DataLoader workers. GNU's OpenMP
-    does not survive a fork, and every operator of PyTorch hangs there."""
+    """A plain fork needs torch.set_num_threads(1) in the child, like DataLoader workers: GNU's
+    OpenMP does not survive a fork, and every operator of PyTorch hangs there."""
     assert run_child(tmp_path, method, threads, TIMEOUT) == "True"

@@ -1,4 +1,4 @@
-"""Derivatives: reverse and forward mode, first and second order, and how autograd may use them."""
+"""Derivatives: reverse and forward mode, first and second order, and their use by autograd."""
 
 import warnings
 
@@ -46,7 +46,7 @@ def test_gradcheck_alpha(device, alpha_shape, reduction):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_alpha_tensor_matches_the_reference(device, dtype, reduction):
-    """Values and both gradients; one weight a position, some of them 0."""
+    """Values and both gradients, with one weight per position, some of them 0."""
     logits = make_logits((40, 6), dtype, device).requires_grad_()
     target = make_target((40, 6), device=device)
     alpha = (torch.rand(40, device=device) - 0.3).clamp(min=0).requires_grad_()
@@ -72,7 +72,7 @@ def test_alpha_as_a_number_and_as_a_tensor_agree(device):
 
 
 def test_a_0_dim_alpha_keeps_its_gradient_in_the_operator(device):
-    """Overload resolution could turn it into a number."""
+    """Overload resolution could turn alpha into a number."""
     logits, target = case((9, 4), device)
     alpha = torch.tensor(0.5, device=device, requires_grad=True)
     loss = torch.ops.oe_ext.outlier_exposure_loss(logits.detach(), target, alpha)
@@ -99,7 +99,7 @@ def test_retain_graph_and_a_second_backward(device):
     kept = first.clone()
     (second,) = torch.autograd.grad(3 * loss, logits, retain_graph=True)
     torch.testing.assert_close(second, 3 * kept)
-    first.zero_()  # what we return is the caller's
+    first.zero_()  # a returned gradient is the caller's
     (third,) = torch.autograd.grad(loss, logits)
     assert torch.equal(third, kept)
     assert torch.equal(logits.detach(), before)
@@ -109,7 +109,7 @@ def test_retain_graph_and_a_second_backward(device):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_expanded_upstream_gradient(device, shape):
-    """What .sum() of "none" sends back has stride 0."""
+    """The upstream gradient from .sum() of "none" has stride 0."""
     logits, target = case(shape, device)
     (ours,) = torch.autograd.grad(outlier_exposure_loss(logits, target, 0.5, "none").sum(), logits)
     (theirs,) = torch.autograd.grad(outlier_exposure_loss(logits, target, 0.5, "sum"), logits)

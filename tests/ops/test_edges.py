@@ -1,4 +1,4 @@
-"""Every row of the list of edge cases, by its words."""
+"""Every row of the list of edge cases."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from oe_ext import outlier_exposure_loss
 
 INF, NAN = float("inf"), float("nan")
 
-# Both walks over memory: along the classes, and along the rows.
+# Both memory orders: along the classes, and along the rows.
 WALKS = {"rows": lambda x: x, "pixels": lambda x: x.t().contiguous().t()}
 
 

@@ -1,4 +1,4 @@
-"""Bad input: the error's type, and in its text what was required and what arrived."""
+"""Bad input: the type of the error, and a text with what was required and what arrived."""
 
 import re
 
@@ -14,7 +14,7 @@ TARGET = torch.zeros(4, dtype=torch.int64)
 
 
 def raises(error, *fragments):
-    """The error, with every fragment somewhere in its text."""
+    """Expects the error, with every fragment in its text."""
     pattern = "".join(f"(?=[\\s\\S]*{re.escape(fragment)})" for fragment in fragments)
     return pytest.raises(error, match=pattern)
 
@@ -146,7 +146,7 @@ LONG = list(range(20_000))
     ids=str,
 )
 def test_an_argument_of_another_type_is_named_in_one_line(name, bad, got, stats):
-    """A TypeError that says what it is, and never what it holds."""
+    """A TypeError that names the type of the argument, never its value."""
     arguments = {"logits": LOGITS, "target": TARGET, name: bad}
     with raises(TypeError, f"outlier_exposure_loss: {name} must be", f"got {got}") as error:
         outlier_exposure_loss(**arguments, return_stats=stats)
@@ -196,7 +196,7 @@ def test_label_out_of_range(dtype, requires_grad):
     target[1, 2] = 3
     with raises(IndexError, "[0, 3)", "got 3", "position [1, 2]", "C = 3"):
         outlier_exposure_loss(logits, target)
-    # The first of several, whatever thread meets it.
+    # The first of several, whichever thread finds it.
     target[1, 3] = 99
     with raises(IndexError, "got 3", "position [1, 2]"):
         outlier_exposure_loss(logits, target)
@@ -205,7 +205,7 @@ def test_label_out_of_range(dtype, requires_grad):
 @pytest.mark.parametrize("position", [0, 21, 39])
 @pytest.mark.parametrize("label", [2**31 - 1, 2**31, 2**32 + 1, 2**40 + 2, 2**63 - 1])
 def test_label_that_is_no_class_but_for_its_last_bits(label, position):
-    """The lanes of the CPU kernels are 32 bits wide."""
+    """The CPU kernels compare labels in 32 bits."""
     target = torch.tensor([0, 1, 2, -1] * 10)
     target[position] = label
     with raises(IndexError, f"got {label}", f"position [{position}]"):
@@ -213,7 +213,7 @@ def test_label_that_is_no_class_but_for_its_last_bits(label, position):
 
 
 def test_label_out_of_range_tells_of_special_labels_that_are_not_set():
-    """Void pixels are 255 in many data sets; no negative number fits into an unsigned label."""
+    """Void pixels are 255 in many data sets; unsigned labels cannot be negative."""
     target = torch.tensor([0, 255, 2, 1])
     for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.int64):
         with raises(IndexError, "got 255", "ignore_index", "ood_index") as error:
@@ -253,7 +253,7 @@ def test_the_operator_checks_too():
 
 
 def test_backward_operator_checks_its_inputs():
-    """It could write out of bounds: nothing may pass that does not fit."""
+    """Every mismatch must raise: the operator could write out of bounds."""
     forward = torch.ops.oe_ext._outlier_exposure_loss_forward
     backward = torch.ops.oe_ext._outlier_exposure_loss_backward
     options = (0.5, None, "mean", None, None)

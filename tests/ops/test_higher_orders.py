@@ -1,6 +1,6 @@
-"""Derivatives of every order up to the third, along the logits, alpha and the upstream gradient: in
-reverse and in forward mode, where alpha is 0, where a group is empty, and where rows that take no
-part hold anything."""
+"""Derivatives up to the third order with respect to the logits, alpha and the upstream gradient, in
+reverse and forward mode: with an alpha of 0, an empty group, and arbitrary values in rows that do
+not count."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ LABELS = [0, 1, 2, -1, IGNORE]
 
 @dataclass(frozen=True)
 class Batch:
-    """Small enough for third derivatives, of any mix: groups without a member are common."""
+    """Cases small enough for third derivatives, of any mix: empty groups are common."""
 
     shape: tuple[int, ...]
     alpha_shape: tuple[int, ...]
-    labels: tuple[int, ...]  # what the target holds
-    alphas: tuple[float, ...]  # what alpha holds
+    labels: tuple[int, ...]  # the values of the target
+    alphas: tuple[float, ...]  # the values of alpha
     reduction: str
     seed: int
 
@@ -63,7 +63,7 @@ def batches(draw: st.DrawFn) -> Batch:
 
 
 def along(values: list[Tensor], seed: int) -> Tensor:
-    """Their inner product with random directions."""
+    """The inner product of the values with random directions."""
     random = torch.Generator().manual_seed(seed)
     return sum(
         (value * torch.randn(value.shape, generator=random, dtype=D)).sum() for value in values
@@ -71,8 +71,8 @@ def along(values: list[Tensor], seed: int) -> Tensor:
 
 
 def three_orders(function: Any, target: Tensor, reduction: str, leaves: list[Tensor]) -> list:
-    """The derivatives along logits, alpha and the upstream gradient of the loss, of the first ones
-    along some direction, and of those along another."""
+    """The derivatives of the loss with respect to logits, alpha and the upstream gradient; those of
+    the first derivatives along a direction; and those of the second along another direction."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     logits, alpha, upstream = leaves
     loss = function(logits, target, alpha, reduction, ignore_index=IGNORE)
@@ -111,7 +111,7 @@ def test_three_orders_in_reverse(batch):
 
 
 def mixed(function: Any, target: Tensor, reduction: str, primals: list, tangents: list) -> list:
-    """Tangents, tangents of gradients and of tangents, and gradients of those."""
+    """Tangents of the loss, of its gradients and of its tangents, and gradients of those."""
 
     def loss(x: Tensor, a: Tensor, g: Tensor) -> Tensor:
         return (g * function(x, target, a, reduction, ignore_index=IGNORE)).sum()
@@ -152,7 +152,7 @@ def test_orders_in_forward_mode(batch):
 )
 @pytest.mark.parametrize("alpha", [0.0, [0.0, 0.0, 0.5, 0.0]], ids=str)
 def test_finite_differences_where_alpha_is_0(reduction, labels, alpha):
-    """Of the loss, of its gradients, and of theirs."""
+    """Checks the loss, its gradients, and their gradients."""
     logits = torch.randn(4, 3, dtype=D, requires_grad=True)
     alpha = torch.tensor(alpha, dtype=D, requires_grad=True)
     target = torch.tensor(labels)
@@ -211,10 +211,10 @@ def test_a_group_without_members_has_derivatives_of_0(reduction, labels):
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF])
 @pytest.mark.parametrize("whole_row", [False, True])
 def test_rows_that_take_no_part_may_hold_anything(reduction, garbage, whole_row):
-    """Those that are ignored, and outliers of weight 0: zeros there, and elsewhere what a clean
-    batch has."""
+    """Ignored rows, and outliers of weight 0, have zero derivatives; the others have those of a
+    clean batch."""
     target = torch.tensor([0, -1, -1, IGNORE, 2])
-    alpha = torch.tensor([NAN, 0.0, 0.5, INF, -INF], dtype=D)  # of outliers only it is looked at
+    alpha = torch.tensor([NAN, 0.0, 0.5, INF, -INF], dtype=D)  # only that of outliers is read
     clean = torch.randn(5, 3, dtype=D)
     dirty = clean.clone()
     dirty[[1, 3], : 3 if whole_row else 1] = garbage
@@ -237,12 +237,12 @@ def test_rows_that_take_no_part_may_hold_anything(reduction, garbage, whole_row)
         assert (ours[0][[1, 3]] == 0).all()
     close(torch.func.jvp(loss, (dirty,), (v,)), torch.func.jvp(loss, (clean,), (v,)))
     dirt = v.clone()
-    dirt[3] = NAN  # directions there do not matter either
+    dirt[3] = NAN  # directions there do not count either
     close(torch.func.jvp(norm, (dirty,), (dirt,)), torch.func.jvp(norm, (clean,), (v,)))
 
 
 def test_a_learnable_alpha_sees_garbage_only_at_first_order():
-    """Its gradient is the cross-entropy, which is NaN there. All else stays as it is."""
+    """Only the gradient of alpha is NaN there: it is the cross-entropy."""
     target = torch.tensor([0, -1, -1, 2])
     x = torch.randn(4, 3, dtype=D)
     x[1, 0] = NAN
@@ -257,7 +257,7 @@ def test_a_learnable_alpha_sees_garbage_only_at_first_order():
 
 
 def test_what_an_inlier_holds_is_nothing_to_alpha():
-    """A row of NaN that counts: derivatives along alpha do not meet it, in either mode."""
+    """An inlier of NaN does not affect derivatives with respect to alpha, in either mode."""
     target = torch.tensor([2, -1, 1])
     logits = torch.randn(3, 4, dtype=D)
     logits[0] = NAN

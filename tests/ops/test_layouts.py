@@ -1,4 +1,4 @@
-"""Memory: which layouts are read without a copy, and what the gradient's layout is."""
+"""Memory: the layouts that are read without a copy, and the layout of the gradient."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ COPIES = {"aten::clone", "aten::copy_", "aten::_to_copy"}
 
 
 def copies_in(function) -> list[str]:
-    """The copies that PyTorch makes while a function runs, inside operators too."""
+    """The copies that PyTorch makes while a function runs, also inside operators."""
     with profile(activities=[ProfilerActivity.CPU]) as record:
         function()
     names = [event.name for event in record.events()]
@@ -25,7 +25,7 @@ def forward_backward(logits, target, **kwargs):
 
 
 def test_the_profiler_sees_a_copy():
-    """The instrument itself: a copy that is there must be found."""
+    """Tests the instrument: it must find a copy."""
     logits, target = make_logits((3, 4)).requires_grad_(), make_target((3, 4))
     assert "aten::clone" in copies_in(lambda: forward_backward(logits.clone(), target))
 
@@ -54,7 +54,7 @@ def test_no_copy_of_the_target(label_dtype):
 
 
 def test_one_copy_of_a_crop():
-    """No two strides walk the pixels of a crop: it is copied, once for forward and backward."""
+    """Two strides do not cover a crop: it is copied, once for forward and backward."""
     shape = (2, 3, 8, 9)
     logits = LAYOUTS["cropped"](make_logits(shape)).detach().requires_grad_()
     target = make_target(shape)
@@ -63,7 +63,7 @@ def test_one_copy_of_a_crop():
 
 
 def test_inference_writes_no_gradient():
-    """Without a gradient to come, nothing of the logits' size is allocated."""
+    """Without a gradient, nothing of the logits' size is allocated."""
     logits, target = make_logits((1000, 1000), torch.float32), make_target((1000, 1000))
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         outlier_exposure_loss(logits, target)

@@ -98,7 +98,7 @@ def test_alpha_may_become_a_number_a_buffer_or_a_parameter(batch, before, after)
 
 
 def test_all_processes_by_name(batch):
-    """Before there are any it means this one alone, and says so."""
+    """Before init_process_group(), "world" means this process alone; repr shows the name."""
     loss = OutlierExposureLoss(process_group="world")
     assert repr(loss).endswith("ood_index=None, process_group='world')")
     assert repr(copy.deepcopy(loss)) == repr(pickle.loads(pickle.dumps(loss))) == repr(loss)
@@ -119,7 +119,7 @@ def public_callables():
 
 
 def test_annotations_can_be_read():
-    """By those that build command lines and checks of them."""
+    """Tools that build command lines or checks from annotations can read them."""
     seen = [typing.get_type_hints(value) for value in public_callables()]
     assert len(seen) > 10
     hints = typing.get_type_hints(OutlierExposureLoss.__init__)

@@ -35,7 +35,7 @@ def test_inlier_rows_are_cross_entropy(device, reduction):
 
 
 def torch_eager(logits, target, alpha=0.5, reduction="mean"):
-    """What a PyTorch user would write, in the dtype of the logits, from torch's own kernels."""
+    """The loss as a PyTorch user would write it, in the dtype of the logits."""
     outlier = target < 0
     per_row = torch.where(
         outlier,
@@ -55,7 +55,7 @@ def test_error_is_no_larger_than_torchs(device, shape, dtype, scale):
     theirs = loss_and_grad(torch_eager, logits, target, reduction="none")
     truth = exact(logits, target, reduction="none")
     for our, their, true in zip(ours, theirs, truth, strict=True):
-        # float32 has one rounding more to spare: the last one, which goes either way.
+        # float32 gets one more rounding: the last one, which goes either way.
         ulp = torch.finfo(torch.float32).eps * true.abs().max().item()
         assert max_error(our, true) <= max_error(their, true) + ulp
 
@@ -63,9 +63,9 @@ def test_error_is_no_larger_than_torchs(device, shape, dtype, scale):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "positions", "sliced"])
 @pytest.mark.parametrize("num_classes", [3, 64, 65, 1000, 5000, 20_000, 128_256])
 def test_a_sum_of_exponentials_keeps_its_digits(num_classes, layout):
-    """However many classes there are, and wherever they lie. All gradients of a row are off by the
-    error of its sum; those of its exponentials have no sign in common. On the CPU: the CUDA kernels
-    lose more (docs/RELIABILITY.md)."""
+    """For any number of classes in any layout. The error of a row's sum shifts all its gradients,
+    while errors of the exponentials have different signs. Only on the CPU: the CUDA kernels lose
+    more (docs/RELIABILITY.md)."""
     rows = 64 if num_classes < 128_256 else 8
     logits = torch.randn(rows, num_classes + (layout == "sliced")).double()
     logits = logits[:, :num_classes]
@@ -86,7 +86,7 @@ def test_a_sum_of_exponentials_keeps_its_digits(num_classes, layout):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_half_gradients_are_rounded_once(device, dtype, layout):
-    """In at least 99.9 % of the elements: equal to the float64 gradient, correctly rounded."""
+    """At least 99.9 % of the elements equal the float64 gradient, correctly rounded."""
     shape = (512, 100)
     logits = LAYOUTS[layout](make_logits(shape, dtype, device))
     target = make_target(shape, device=device)
@@ -97,7 +97,7 @@ def test_half_gradients_are_rounded_once(device, dtype, layout):
 
 @pytest.mark.no_simt("four million logits")
 def test_a_scaled_fp16_gradient_does_not_vanish(device):
-    """A GradScaler's 65536 multiplies in float32, before the cast to float16."""
+    """The scale 65536 of a GradScaler multiplies in float32, before the cast to float16."""
     shape = (4096, 1000)
     logits = make_logits(shape, torch.float16, device, scale=1.0)
     target = make_target(shape, device=device)
@@ -114,7 +114,7 @@ def test_a_scaled_fp16_gradient_does_not_vanish(device):
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_shift_invariance(device, layout, offset):
-    """Adding a constant to a row changes nothing but the rounding of the input itself."""
+    """Adding a constant to a row changes only the rounding of the input."""
     shape = (200, 50)
     logits = make_logits(shape, torch.float32, device, scale=4.0)
     shifted = logits + offset
@@ -156,7 +156,7 @@ def test_the_sum_of_many_rows_keeps_its_digits(device):
 
 
 def test_the_reference_is_differentiable_in_alpha():
-    """The oracle itself, against finite differences."""
+    """Tests the oracle by finite differences."""
     logits = make_logits((6, 4)).requires_grad_()
     target = make_target((6, 4))
     alpha = torch.rand(6, dtype=torch.float64, requires_grad=True)
@@ -184,7 +184,7 @@ def same_bits(actual, expected):
 )
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_the_number_of_threads_shows_in_no_bit(shape, alpha_shape, layout):
-    """Of anything that is returned. At these sizes ATen splits sums of its own among threads."""
+    """Holds for all returned tensors. At these sizes ATen splits its own sums among threads."""
     logits = LAYOUTS[layout](make_logits(shape, torch.float32))
     target, alpha = make_target(shape), torch.rand(alpha_shape)
     before = torch.get_num_threads()
@@ -202,7 +202,7 @@ def test_the_number_of_threads_shows_in_no_bit(shape, alpha_shape, layout):
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (30_000, 1), (30_000, 7), (1, 7)], ids=str)
 def test_expanded_by_a_number_of_threads(shape):
-    """As alpha is where processes share the classes."""
+    """As alpha is expanded if processes share the classes."""
     values = torch.randn(shape, requires_grad=True)
     upstream = torch.randn(30_000, 7)
     expanded = _sums.expand(values, upstream.shape)

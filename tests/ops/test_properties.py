@@ -1,7 +1,7 @@
-"""What holds for any input: value and gradients against the reference, errors, symmetries.
+"""Properties of any input: value and gradients against the reference, errors, symmetries.
 
-1,000 examples in ``make test``, always the same; 20,000 new ones in ``make fuzz``. What was found
-is in test_regressions.py.
+``make test`` runs 1,000 examples, always the same; ``make fuzz`` runs 20,000 new ones. Failures
+that they found are in test_regressions.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def loss_of(case: Case, inputs: Inputs) -> torch.Tensor:
 
 
 def storage_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of all bytes behind a tensor, those in its gaps too."""
+    """A copy of all bytes behind a tensor, including those in its gaps."""
     storage = tensor.detach().untyped_storage()
     return torch.tensor([], dtype=torch.uint8).set_(storage).clone()
 
@@ -38,8 +38,8 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def has_layout_of(grad: torch.Tensor, logits: torch.Tensor) -> bool:
-    """The strides of the logits without their gaps; where no single stride walks the pixels, those
-    of a memory format."""
+    """Whether the gradient has the strides of the logits without their gaps, or, if no single
+    stride covers the pixels, those of a memory format."""
     allowed = [torch.empty_like(logits)]
     if not is_read_in_place(logits):
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -58,7 +58,7 @@ def has_layout_of(grad: torch.Tensor, logits: torch.Tensor) -> bool:
 
 
 def check_case(case: Case) -> None:
-    """All that is promised of one call."""
+    """Checks all promises for one call."""
     inputs = case.make()
     logits, target, alpha = inputs
     before = storage_of(logits), storage_of(target)
@@ -69,7 +69,7 @@ def check_case(case: Case) -> None:
     assert loss.dtype == case.acc_dtype
     assert loss.shape == (case.target_shape if case.reduction in (None, "none") else ())
 
-    # The graph is kept the first time, and gives up what it holds the second.
+    # The first backward keeps the graph, the second releases it.
     upstream = case.make_upstream(loss)
     first = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
     copies = [grad.clone() for grad in first]
@@ -89,7 +89,8 @@ def check_case(case: Case) -> None:
     with torch.no_grad():
         alone = loss_of(case, inputs)
     if any(case.layout.expanded):
-        # A gradient has memory of its own for what the logits repeat: rows may be summed otherwise.
+        # Where the logits repeat, the gradient has separate memory, so rows may be summed in
+        # another order.
         check_results(case, inputs, upstream, Results(alone, last[0], None))
     else:
         assert_same_bits(alone, loss.detach())
@@ -111,7 +112,7 @@ def test_against_the_reference_on_simt(case):
 @examples(20)
 @given(cases(max_logits=200_000), st.integers(2, 9))
 def test_any_number_of_threads_gives_the_same_bits(case, threads):
-    """All that is returned: the loss, statistics, scores, gradients of both orders, a tangent."""
+    """All returned tensors: the loss, statistics, scores, gradients of both orders, a tangent."""
     before = torch.get_num_threads()
     results = []
     try:
@@ -158,7 +159,7 @@ def test_an_illegal_label_is_named(data):
 @examples(60)
 @given(cases(finite=True), st.sampled_from([1.0, -3.0, 1024.0, -65536.0]))
 def test_a_shift_changes_no_bit(case, shift):
-    """Of multiples of 1/64, which are exact when they are shifted."""
+    """Logits that are multiples of 1/64, and stay exact when they are shifted."""
     case = dataclasses.replace(case, scale=1.0, offset=0.0, dtype=torch.float32)
     inputs = case.make()
     coarse = (inputs.logits * 64).round() / 64
@@ -173,7 +174,7 @@ def test_a_shift_changes_no_bit(case, shift):
 
 
 def rows_of(case: Case, inputs: Inputs, index: torch.Tensor) -> Inputs:
-    """Some of the batch, in another order."""
+    """A part of the batch, in another order."""
     alpha = inputs.alpha
     if isinstance(alpha, torch.Tensor) and alpha.dim() == inputs.target.dim() and len(alpha) > 1:
         alpha = alpha[index]
@@ -184,8 +185,8 @@ def rows_of(case: Case, inputs: Inputs, index: torch.Tensor) -> Inputs:
 @examples(80)
 @given(cases(), st.randoms(use_true_random=False))
 def test_a_position_knows_nothing_of_the_others(case, random):
-    """The losses and gradients of some of the batch, in any order, are those of the whole."""
-    contiguous = Layout.dense(*range(len(case.shape)))  # others may be walked otherwise if alone
+    """A part of the batch, in any order, has the losses and gradients of the whole."""
+    contiguous = Layout.dense(*range(len(case.shape)))  # else a part may take another path
     case = dataclasses.replace(case, reduction="none", upstream="one", layout=contiguous)
     inputs = case.make()
     size = len(inputs.target)
@@ -203,7 +204,7 @@ def test_a_position_knows_nothing_of_the_others(case, random):
 @examples(60)
 @given(cases(), st.randoms(use_true_random=False))
 def test_the_order_of_the_classes_does_not_matter(case, random):
-    """But to the rounding of their sums."""
+    """Except for the rounding of their sums."""
     classes = range(case.shape[1])
     ignore_index, ood_index = (None if m in classes else m for m in case.special_labels.values())
     case = dataclasses.replace(case, ignore_index=ignore_index, ood_index=ood_index)

@@ -1,4 +1,4 @@
-"""The class that we replace: pytorch-ood's own, on every case where it works."""
+"""pytorch-ood's class, which ours replaces, on every case where it works."""
 
 import optional
 import pytest
@@ -31,7 +31,7 @@ def random_case(generator, scale_choices=(0.1, 1.0, 5.0, 30.0), offsets=(0.0, 0.
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_cases(seed):
-    """100 cases a seed: values and gradients are within 2e-6, or nearer to float64 than theirs."""
+    """100 cases per seed: values and gradients are within 2e-6, or closer to float64."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(100):
@@ -50,14 +50,14 @@ def test_random_cases(seed):
 @pytest.mark.parametrize("num_classes", [10, 1000])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_error_is_no_larger_than_theirs(num_rows, num_classes, offset):
-    """As a budget: over a whole batch, our largest error is not above theirs."""
+    """A budget: over a whole batch, our largest error is at most theirs."""
     shape = (num_rows, num_classes)
     logits = make_logits(shape, torch.float32, offset=offset)
     target = make_target(shape)
     ours = loss_and_grad(OutlierExposureLoss(reduction="none"), logits, target)
     theirs = loss_and_grad(Reference(reduction="none"), logits, target)
     truth = exact(logits, target, reduction="none")
-    # One rounding of the largest value: where theirs happens to have none, ours may have it.
+    # Ours may have one rounding of the largest value, where theirs happens to have none.
     for our, their, true in zip(ours, theirs, truth, strict=True):
         ulp = torch.finfo(torch.float32).eps * true.abs().max().item()
         assert max_error(our, true) <= max_error(their, true) + ulp
@@ -81,7 +81,7 @@ def test_minus_100_is_an_outlier_there_too():
 
 
 def test_signature_is_theirs():
-    """Changing the import is all: positional and named arguments mean the same."""
+    """Only the import changes: positional and named arguments mean the same."""
     logits, target = make_logits((8, 4), torch.float32), make_target((8, 4))
     for arguments, named in [((), {}), ((0.3,), {}), ((0.3, "sum"), {}), ((), {"alpha": 2.0})]:
         ours = OutlierExposureLoss(*arguments, **named)(logits=logits, target=target)

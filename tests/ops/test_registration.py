@@ -21,8 +21,8 @@ def test_the_list_is_complete():
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_kernels(name):
-    """The CUDA kernels are there in a CUDA build, whether or not there is a GPU; where only torch
-    is one, an error stands in their place."""
+    """A CUDA build has the CUDA kernels, with or without a GPU. If only torch is a CUDA build, they
+    are replaced by an error."""
     of_cuda = _ext.has_cuda_kernels() or torch.version.cuda is not None
     expected = {"CPU": True, "Meta": True, "Autograd": True, "CUDA": of_cuda}
     has = torch._C._dispatch_has_kernel_for_dispatch_key

@@ -1,4 +1,4 @@
-"""What the properties found, each by its smallest case."""
+"""Failures that test_properties.py found, each reduced to its smallest case."""
 
 import torch
 from inputs import LAYOUTS, make_logits
@@ -10,8 +10,8 @@ INF = float("inf")
 
 
 def test_classes_that_are_all_the_same_memory(device):
-    """Logits with stride 0 along the classes were walked across images in one step, as their
-    gradient cannot be: half of it was never written."""
+    """Logits with stride 0 along the classes have one stride across images; their gradient has not.
+    Half of the gradient was never written."""
     for dtype in (torch.float64, torch.bfloat16):
         logits = make_logits((3, 1, 1, 2), dtype, device).expand(3, 4, 1, 2)
         target = torch.tensor([1, -1, 2, 0, -1, 3], device=device).view(3, 1, 2)
@@ -26,7 +26,7 @@ def test_classes_that_are_all_the_same_memory(device):
 
 
 def test_an_inlier_has_no_part_in_the_gradient_of_alpha(device):
-    """-inf at its label is a loss of inf, which times 0 was NaN."""
+    """A logit of -inf at the label gives a loss of inf, and inf * 0 was NaN."""
     logits = make_logits((3, 4), device=device)
     logits[0, 2] = -INF
     target = torch.tensor([2, -1, 1], device=device)
@@ -42,7 +42,7 @@ def test_an_inlier_has_no_part_in_the_gradient_of_alpha(device):
 
 
 def test_no_derivative_of_alpha_meets_a_row_of_nan(device):
-    """In forward mode and in double backward too."""
+    """The same in forward mode and in double backward."""
     logits = make_logits((3, 4), device=device)
     logits[0] = float("nan")
     target = torch.tensor([2, -1, 1], device=device)
@@ -63,7 +63,7 @@ def test_no_derivative_of_alpha_meets_a_row_of_nan(device):
 
 
 def test_a_crop_of_channels_last_images_keeps_its_format(device):
-    """It was copied to the other one, and its gradient came back in that."""
+    """The copy had the other memory format, and so had the gradient."""
     wide = make_logits((2, 3, 4, 6), torch.float32, device)
     logits = LAYOUTS["channels_last"](wide)[..., 1:-1]
     target = torch.zeros(2, 4, 4, dtype=torch.int64, device=device)

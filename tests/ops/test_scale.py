@@ -1,4 +1,4 @@
-"""Sizes that overflow 32 bits, or a float, or a patient machine: make test-scale."""
+"""Sizes that overflow 32 bits or a float, and long runs: make test-scale."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ PIXELS = (34, 19, 1824, 1824)
 
 
 def fill(logits: torch.Tensor) -> None:
-    """Random, a few rows at a time: the values in float32 would take twice the memory."""
+    """Random logits, made a few rows at a time: all in float32 would take twice the memory."""
     flat = logits.view(-1)
     piece = torch.randn(1 << 24)
     for start in range(0, flat.numel(), piece.numel()):
         part = flat[start : start + piece.numel()]
-        part.copy_(piece[: part.numel()].add_(0.001))  # no two pieces are the same
+        part.copy_(piece[: part.numel()].add_(0.001))  # all pieces differ
 
 
 @pytest.mark.parametrize(
     ("shape", "upstream"),
-    [(ROWS, 1.0), (LONG_ROWS, 2.0), (PIXELS, 2.0)],  # written by the forward, or by the backward
+    [(ROWS, 1.0), (LONG_ROWS, 2.0), (PIXELS, 2.0)],  # the forward writes it, or the backward
     ids=["rows", "long rows", "pixels"],
 )
 def test_more_than_2_to_the_31_logits(shape, upstream):
@@ -52,7 +52,7 @@ def test_more_than_2_to_the_31_logits(shape, upstream):
         if number % 8 != 0 and start != starts[-1]:
             total += reference.outlier_exposure_loss(rows.double(), labels, 0.5, "sum").item()
             continue
-        # Of some, the last of them beyond 2^31, the gradient too.
+        # Checks the gradient of some rows; the last ones lie beyond 2^31.
         truth, expected = exact(rows, labels, 0.5, "sum")
         expected *= upstream
         total += truth.item()
@@ -94,7 +94,7 @@ def test_one_row_of_fifty_million_classes(dtype, label):
     assert abs(loss.item() / expected.item() - 1) <= 4e-7
     error = (grad.double() - expected_grad).abs()
     stored = 2**-8 if dtype == torch.bfloat16 else 0.0
-    # Of each softmax and of the uniform 1/C; the gradient is their difference.
+    # The error of each softmax and of the uniform 1/C; the gradient is their difference.
     size = expected_grad.abs() + 2 / logits.numel()
     assert (error / size).max() <= 4e-6 + stored
 
@@ -153,5 +153,5 @@ def test_a_hundred_thousand_calls_leave_nothing(record_property):
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout)
     record_property("grown", grown)
-    # 20 bytes a call: less than the smallest thing that could leak.
+    # 20 bytes per call: less than the smallest object that could leak.
     assert grown < 2_000_000, f"{grown} bytes"

@@ -1,5 +1,5 @@
-"""Any sequence of calls: graphs that live side by side, are run twice or never, lose their inputs
-to a change in place, and are dropped; hooks; errors between them."""
+"""Random sequences of calls: graphs that coexist, run twice or never, have inputs changed in place,
+and are dropped; with hooks, and errors in between."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 12
 
 
 class Graph:
-    """A loss that waits for its backward, and what that must give."""
+    """A loss before its backward, with the expected result."""
 
     def __init__(self, leaf, target, reduction, alpha):
         self.leaf, self.target = leaf, target
@@ -34,7 +34,7 @@ class Graph:
         self.factor = 1.0  # of hooks on the leaf
 
     def close(self, actual: torch.Tensor, expected: torch.Tensor) -> bool:
-        # As test_unit_gradient.py: one rounding of the stored dtype, or of the arithmetic.
+        # As in test_unit_gradient.py: one rounding of the stored dtype, or of the arithmetic.
         return max_error(actual, expected) <= self.allowed * max(1.0, expected.abs().max().item())
 
     @property
@@ -95,7 +95,7 @@ class Calls(RuleBasedStateMachine):
 
     @rule(graph=graphs)
     def accumulate(self, graph):
-        """Into .grad, twice, from a graph of its own."""
+        """Accumulates into .grad twice, from a separate graph."""
         leaf = graph.saved.clone().requires_grad_()
         for times in (1, 2):
             loss = outlier_exposure_loss(leaf, graph.target, reduction="sum")
@@ -106,13 +106,13 @@ class Calls(RuleBasedStateMachine):
 
     @rule(graph=consumes(graphs))
     def drop(self, graph):
-        """Its inputs and its loss, whether it was run or not."""
+        """Drops the inputs and the loss of a graph, used or unused."""
 
     @rule(graph=graphs)
     def change_logits(self, graph):
         with torch.no_grad():
             graph.leaf.add_(1)
-        # Of a crop of images the graph holds a copy, which nobody changes.
+        # For a crop of images, the graph holds a copy, which nobody changes.
         graph.changed |= is_read_in_place(graph.leaf)
 
     @rule(graph=graphs)
@@ -134,7 +134,7 @@ class Calls(RuleBasedStateMachine):
 
     @rule()
     def collect(self):
-        gc.collect(1)  # the young ones: all would take a tenth of a second
+        gc.collect(1)  # young generations: all would take a tenth of a second
 
     @rule()
     def forget_gradients(self):

@@ -1,4 +1,4 @@
-"""return_stats and return_scores: what a training loop logs, from the same pass."""
+"""return_stats and return_scores: statistics for a training loop, from the same pass."""
 
 import io
 
@@ -16,7 +16,7 @@ SHAPES = [(30, 6), (2, 6, 5, 4)]
 
 
 def expected_stats(logits, target):
-    """In float64, with masks."""
+    """The statistics in float64, computed with masks."""
     inlier, outlier = reference.inliers_and_outliers(target, IGNORE, None)
     rows = reference.outlier_exposure_loss(
         logits.detach().double(), target, 1.0, "none", ignore_index=IGNORE
@@ -104,7 +104,7 @@ INF, NAN = float("inf"), float("nan")
 )
 @pytest.mark.parametrize("label", [0, -1])
 def test_scores_at_the_ends(device, row, max_softmax, energy, label):
-    """As those of torch's own softmax and logsumexp."""
+    """The scores equal those from torch's softmax and logsumexp."""
     logits = torch.tensor([row, [1.0, 2.0, 3.0]], device=device)
     target = torch.tensor([label, 0], device=device)
     _, scores = outlier_exposure_loss(logits, target, return_scores=True)
@@ -116,7 +116,7 @@ def test_scores_at_the_ends(device, row, max_softmax, energy, label):
 
 
 def test_which_end_of_a_score_is_an_outlier():
-    """Sure logits and unsure ones: as detectors rank them, and as pytorch-ood's EnergyBased."""
+    """Confident and unconfident logits rank as in detectors and pytorch-ood's EnergyBased."""
     logits = torch.tensor([[9.0, 0.0, 0.0], [0.1, 0.0, 0.0]])
     _, scores = outlier_exposure_loss(logits, torch.tensor([0, -1]), return_scores=True)
     assert scores.max_softmax[0] > scores.max_softmax[1], "low for outliers"
@@ -127,7 +127,7 @@ def test_which_end_of_a_score_is_an_outlier():
 @pytest.mark.parametrize("shape", [(300, 7), (4, 7, 9, 5)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_accuracy_is_that_of_argmax(device, shape, dtype, compiled):
-    """Where logits share the maximum, and where some are NaN or inf."""
+    """Logits with several maxima, and with NaN or inf."""
     rows = shape[0] * shape[2] * shape[3] if len(shape) > 2 else shape[0]
     batches = {
         "zeros": torch.zeros(shape),
@@ -178,7 +178,7 @@ def test_special_labels_of_other_integer_types(label):
 
 
 def test_an_epoch_is_averaged_by_its_sums(device):
-    """Batches of different mixes, some without outliers: as one batch of all of them."""
+    """Batches of different mixes, some without outliers, average as one batch of all."""
     batches = [
         (make_logits((n, 4), torch.float32, device), make_target((n, 4), mix, device=device))
         for n, mix in ((5, "inliers"), (12, "mixed"), (3, "outliers"), (7, "mixed"))
@@ -194,7 +194,7 @@ def test_an_epoch_is_averaged_by_its_sums(device):
 
 
 class Head(torch.nn.Module):
-    """A model with its loss, as people trace it."""
+    """A model with its loss, as users trace it."""
 
     def __init__(self, alpha):
         super().__init__()
@@ -211,12 +211,12 @@ class Head(torch.nn.Module):
 @pytest.mark.parametrize("kind", ["number", "buffer", "parameter"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_traced(trace, kind):
-    """Nothing that held for the example is baked in: neither its size nor its gradients."""
+    """The trace fixes neither the size of the example nor its need for gradients."""
     alpha = 0.3 if kind == "number" else torch.tensor(0.3)
     model = Head(torch.nn.Parameter(alpha) if kind == "parameter" else alpha)
     example = (torch.randn(6, 5), make_target((6, 4)))
     if trace == "jit.trace":
-        with torch.no_grad():  # where no gradient is asked for
+        with torch.no_grad():  # no gradient is needed
             traced = torch.jit.trace(model, example)
     elif trace == "fx":
         traced = torch.fx.symbolic_trace(model)
@@ -243,7 +243,7 @@ def test_ignored_rows_may_hold_anything(device):
 
 
 class LargeReads(TorchDispatchMode):
-    """The operators that are given a tensor of as many elements as the logits."""
+    """The operators that get a tensor of the logits' size."""
 
     def __init__(self, numel):
         super().__init__()
@@ -259,8 +259,8 @@ class LargeReads(TorchDispatchMode):
 
 
 def test_no_second_pass_and_no_synchronisation():
-    """One operator reads the logits; gather() takes one of each row. Nothing becomes a number.
-    Only rows that are right and not sure of it are looked at again, of which there are none."""
+    """One operator reads the logits; gather() takes one of each row. No tensor becomes a number.
+    Rows whose argmax is unclear would be read again; here there are none."""
     logits = make_logits((20, 50), torch.float32)
     target = make_target((20, 50))
     for needs_gradient in (False, True):
@@ -275,7 +275,7 @@ def both(x, y, alpha=0.5):
 
 @pytest.mark.no_simt("no kernel matters here")
 def test_compiled(device):
-    """Also with another number, which is not compiled anew each time."""
+    """Also with other numbers, which do not recompile each time."""
     logits = make_logits((8, 5), torch.float32, device)
     target = make_target((8, 5), device=device)
     torch._dynamo.reset()
@@ -301,7 +301,7 @@ def test_an_exported_program_returns_them():
 
 
 def test_transforms(device):
-    """All that is returned are tensors, as vmap and the aux of grad want it."""
+    """Only tensors are returned, as vmap and the aux of grad require."""
     logits = make_logits((3, 8, 5), device=device)
     target = torch.stack([make_target((8, 5), device=device) for _ in range(3)])
     expected = [both(x, y) for x, y in zip(logits, target, strict=True)]
@@ -320,7 +320,7 @@ def test_transforms(device):
 
 
 def test_a_batch_of_targets_alone(device):
-    """vmap over them; the logits are an ordinary leaf, whose gradient comes after."""
+    """vmap over the targets; the logits are an ordinary leaf with an ordinary backward."""
     logits = make_logits((8, 5), device=device).requires_grad_()
     target = torch.stack([make_target((8, 5), device=device) for _ in range(3)])
     losses = torch.vmap(lambda y: both(logits, y)[0])(target)
@@ -331,7 +331,7 @@ def test_a_batch_of_targets_alone(device):
 
 
 def test_hooks_on_saved_tensors_see_all_that_is_kept():
-    """As for the loss alone: where they decide, no gradient is kept beside them."""
+    """As for the loss alone: if hooks decide, no gradient is kept beside the saved tensors."""
     logits, target = make_logits((200, 50)).requires_grad_(), make_target((200, 50))
     kept = []
     with (

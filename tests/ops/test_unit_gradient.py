@@ -1,6 +1,6 @@
 """The gradient that the forward pass writes, for an upstream gradient of 1.
 
-Whatever is asked of the graph afterwards, it must be as if the backward had computed it.
+However the graph is used afterwards, the results must be as if the backward had computed it.
 """
 
 import pytest
@@ -18,7 +18,7 @@ RECOMPUTED = "oe_ext::_outlier_exposure_loss_backward"
 
 
 def backward_operators(function) -> list[str]:
-    """Which of our backward operators a function runs."""
+    """The backward operators that a function runs."""
     with profile(activities=[ProfilerActivity.CPU]) as record:
         function()
     names = [event.name for event in record.events()]
@@ -31,7 +31,7 @@ def make_case(shape, dtype=torch.float32, device="cpu", layout="contiguous"):
 
 
 def recomputed(logits, target, upstream, **kwargs):
-    """The gradient by the way that keeps nothing but statistics: the graph stays."""
+    """The gradient recomputed from the statistics, as for a graph that is kept."""
     loss = outlier_exposure_loss(logits, target, **kwargs)
     (grad,) = torch.autograd.grad(loss, logits, upstream, retain_graph=True)
     return grad
@@ -56,7 +56,7 @@ def test_same_bits_as_recomputed(device, dtype, shape, layout, reduction):
 
 
 def test_which_way_is_taken():
-    """The test above compares two ways; this one shows that they are two."""
+    """Shows that the test above compares two different paths."""
     for dtype, expected in [(torch.float32, FROM_UNIT), (torch.float16, RECOMPUTED)]:
         logits, target = make_case((13, 5), dtype)
         loss = outlier_exposure_loss(logits, target)
@@ -84,7 +84,7 @@ def test_a_second_backward_of_a_retained_graph(device):
 
 
 def test_gradients_are_tensors_of_their_own(device):
-    """What one backward returned, no later one changes."""
+    """No later backward changes the result of an earlier one."""
     logits, target = make_case((13, 5), device=device)
     loss = outlier_exposure_loss(logits, target)
     one = torch.ones_like(loss)
@@ -104,7 +104,7 @@ def test_an_expanded_upstream_gradient(device):
 
 
 def test_the_graph_of_the_gradient(device):
-    """create_graph: what is differentiated again is never the stored gradient."""
+    """create_graph: the stored gradient is never differentiated again."""
     logits, target = make_case((6, 4), torch.float64, device)
     loss = outlier_exposure_loss(logits, target)
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
@@ -126,7 +126,7 @@ def test_hooks_on_the_logits(device):
 
 
 def test_hooks_on_saved_tensors_see_all_that_is_kept():
-    """save_on_cpu and checkpointing decide what stays: nothing of the logits' size beside them."""
+    """save_on_cpu and checkpointing decide what is kept: nothing else of the logits' size is."""
     logits, target = make_case((200, 50))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -145,7 +145,7 @@ def test_checkpointing(device, use_reentrant):
 
 
 def test_whoever_holds_the_unit_gradient_keeps_it(device):
-    """The internal operator hands it out: a backward must not write to it then."""
+    """The internal operator returns it, so a backward must not write to it."""
     logits, target = make_case((13, 5), device=device)
     forward = torch.ops.oe_ext._outlier_exposure_loss_forward
     loss, *_, unit_gradient = forward(logits, target, 0.5, None, "mean", None, None, True)
@@ -156,7 +156,7 @@ def test_whoever_holds_the_unit_gradient_keeps_it(device):
 
 
 def test_only_alpha_needs_a_gradient(device):
-    """No gradient of the logits is written that nobody asked for."""
+    """An unrequested gradient of the logits is not written."""
     logits, target = make_case((200, 50), device=device)
     alpha = torch.tensor(0.5, device=device, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -167,7 +167,7 @@ def test_only_alpha_needs_a_gradient(device):
 
 @pytest.mark.parametrize("reduction", SCALAR)
 def test_memory_of_forward_and_backward(reduction):
-    """Beside the logits: their gradient, once, and O(N)."""
+    """Allocates, beside the logits, their gradient once and O(N) more."""
     logits, target = make_case((500, 1000))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         outlier_exposure_loss(logits, target, reduction=reduction).backward()

@@ -1,4 +1,4 @@
-"""Values and gradients against the definition in float64, over everything that is allowed."""
+"""Values and gradients against the definition in float64, for all legal arguments."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ from oracles import exact, loss_and_grad, max_error
 from oe_ext import outlier_exposure_loss
 
 # Allowed errors relative to max(1, |value|). float64 is the promise of 1e-12. float32 computes with
-# an epsilon of 1.2e-7; half types compute in float32 too, so their losses are as good, and their
-# gradients are off by the last rounding alone (half an ulp: 2^-9 and 2^-12 of the value).
+# an epsilon of 1.2e-7. Half types compute in float32 too, so their losses are as accurate, and only
+# the last rounding adds to the error of their gradients (half an ulp: 2^-9 and 2^-12 of the value).
 LOSS_TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
@@ -74,7 +74,7 @@ def test_class_counts(device, dtype, num_classes, layout):
     check(logits, target, reduction="group_mean", ignore_index=IGNORE)
 
 
-# One row less than a tile of the CPU's kernels, one more, and several tiles.
+# Around a tile of the CPU kernels: one row less, one more, and several tiles.
 @pytest.mark.parametrize("num_rows", [1, 255, 257, 1500])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_row_counts(device, layout, num_rows):
@@ -120,7 +120,7 @@ def test_labels_whose_last_bits_are_a_class_are_outliers(device):
 
 
 def test_special_labels(device):
-    """ignore_index comes first; ood_index replaces negative labels, and may be a class."""
+    """ignore_index takes precedence; ood_index replaces negative labels, and may be a class."""
     logits = make_logits((6, 4), device=device)
     target = torch.tensor([0, 3, 2, 2, 1, 3], device=device)
     check(logits, target, reduction="none", ood_index=3)

@@ -1,4 +1,4 @@
-"""torch.vmap: batching rules of our own, against the reference sample by sample."""
+"""torch.vmap: our batching rules against the reference, sample by sample."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ SHAPES = [(5, 4), (2, 4, 3, 2)]
 
 @pytest.fixture(autouse=True)
 def _no_slow_path():
-    """Where it finds no batching rule, PyTorch loops over the samples; here it raises. Its warning
-    is no Python warning where an operator is called by name."""
+    """Without a batching rule, PyTorch loops over the samples; here it raises instead. Its warning
+    is not a Python warning if an operator is called by name."""
     torch._C._functorch._set_vmap_fallback_enabled(False)
     yield
     torch._C._functorch._set_vmap_fallback_enabled(True)
@@ -46,7 +46,7 @@ def test_values(device, shape, reduction, in_dims):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("alpha_shape", [(), (5,), (BATCH,), (BATCH, 5)])
 def test_alpha(device, alpha_shape, reduction):
-    """A tensor alpha, of all samples or of each."""
+    """A tensor alpha, one for all samples or one for each."""
     logits, target = batch_of((5, 4), device=device)
     alpha = torch.rand(alpha_shape, dtype=torch.float64, device=device)
     has_batch = alpha_shape[:1] == (BATCH,)
@@ -112,7 +112,7 @@ def test_tangents(device):
 
 
 def test_samples_without_counted_rows(device):
-    """A sample that is all ignored has a loss of 0, and one without rows a mean of NaN."""
+    """A fully ignored sample has a loss of 0; one without rows has a mean of NaN."""
     logits, target = batch_of((5, 4), device=device)
     target[1] = IGNORE
     for reduction in ("mean", "group_mean"):
@@ -121,7 +121,7 @@ def test_samples_without_counted_rows(device):
         assert losses[0] > 0
     nothing = logits[:, :0].clone().requires_grad_()
     empty = torch.vmap(loss_with("mean"))(nothing, target[:, :0])
-    empty.sum().backward()  # as of any loss
+    empty.sum().backward()  # as for any loss
     assert empty.shape == (BATCH,)
     assert empty.isnan().all()
 
@@ -129,7 +129,7 @@ def test_samples_without_counted_rows(device):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("num_rows", [5, 0])
 def test_a_batch_of_nothing(device, reduction, num_rows):
-    """Shapes as of any other batch, with each kind of alpha, and of derivatives too."""
+    """An empty batch gives the usual shapes, for each kind of alpha and for derivatives."""
     logits = torch.zeros(0, num_rows, 4, dtype=torch.float64, device=device)
     target = torch.zeros(0, num_rows, dtype=torch.int64, device=device)
     alpha = torch.zeros(0, num_rows, dtype=torch.float64, device=device)
@@ -167,7 +167,7 @@ def test_a_batch_of_nothing(device, reduction, num_rows):
     ],
 )
 def test_errors(device, logits, target, alpha, reduction, error, text):
-    """Those of one sample, with its shapes, as the caller knows them."""
+    """Errors name the shapes of one sample, which the caller knows."""
     logits = torch.zeros((BATCH, *logits), device=device)
     target = torch.zeros((BATCH, *target), dtype=torch.int64, device=device)
     if isinstance(alpha, tuple):
@@ -180,7 +180,7 @@ def test_errors(device, logits, target, alpha, reduction, error, text):
 
 
 def test_what_has_no_rule_raises(device):
-    """The gradient that the forward writes is not for the caller of vmap."""
+    """Callers of vmap cannot request the gradient that the forward writes."""
     logits, target = batch_of((5, 4), device=device)
     forward = torch.ops.oe_ext._outlier_exposure_loss_forward
     from_unit = torch.ops.oe_ext._outlier_exposure_loss_backward_from_unit
@@ -211,7 +211,7 @@ def test_chunks_and_nests(device, reduction):
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "group_mean"])
 def test_gradients_where_nothing_counts(device, reduction):
-    """0, whatever the ignored logits are."""
+    """Gradients are 0, whatever the ignored logits are."""
     logits, target = batch_of((5, 4), device=device)
     target[1], logits[1] = IGNORE, float("nan")
     gradient = torch.vmap(torch.func.grad(loss_with(reduction)))(logits, target)
@@ -220,7 +220,7 @@ def test_gradients_where_nothing_counts(device, reduction):
 
 
 def test_labels_are_checked():
-    """Of each sample. On CUDA the kernel asserts."""
+    """The labels of every sample are checked. On CUDA the kernel asserts."""
     logits, target = batch_of((5, 4))
     target[2, 3] = 4
     with pytest.raises(IndexError, match=r"target must hold classes in \[0, 4\)"):
