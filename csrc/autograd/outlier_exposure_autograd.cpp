@@ -124,7 +124,8 @@ struct AutogradKernels {
 
 TORCH_LIBRARY_IMPL(oe_ext, Autograd, m) {
   OutlierExposureKernels<AutogradKernels>::register_for(m);
-  // The node calls it below autograd. Other callers get an error that it is not differentiable.
+  // The node calls it below autograd. For other callers it is not differentiable, and a backward
+  // through it says so.
   m.impl("_outlier_exposure_loss_backward_from_unit",
          torch::autograd::autogradNotImplementedFallback());
 }
