@@ -91,7 +91,7 @@ def test_a_new_alpha_is_not_compiled_anew(device):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
-def test_a_new_mark_is_compiled_anew_once_at_most(device):
+def test_a_new_special_label_is_compiled_anew_once_at_most(device):
     compiled = torch.compile(outlier_exposure_loss, fullgraph=True, backend="aot_eager")
     logits, target = (
         make_logits((8, 5), device=device),
