@@ -35,7 +35,7 @@ OE_EXT_INLINE void set_gradient(TileRows<acc_t>& rows, int64_t i, acc_t upstream
       row, rows.sum_exp[i], row.weight * upstream / divisor, num_classes);
   rows.factor[i] = gradient.factor;
   rows.offset[i] = gradient.offset;
-  rows.exp_of_label[i] = gradient.at_label;
+  rows.at_label[i] = gradient.at_label;
 }
 
 // Writes the outputs of the forward for each row, sums the losses, and sets the coefficients of the
@@ -102,7 +102,7 @@ void restore_rows(const BackwardArgs<scalar_t, acc_t>& args, TileRows<acc_t>& ro
   const auto outlier_divisor = static_cast<acc_t>(divisors.outliers);
   for (int64_t i = 0; i < rows.size; ++i) {
     if (rows.weight[i] == acc_t(0)) {
-      rows.max[i] = rows.factor[i] = rows.offset[i] = rows.exp_of_label[i] = 0;
+      rows.max[i] = rows.factor[i] = rows.offset[i] = rows.at_label[i] = 0;
       continue;
     }
     rows.max[i] = args.row_max[rows.first + i];

@@ -29,10 +29,10 @@ struct TileRows {
   alignas(64) acc_t max[kMaxTileRows];
   alignas(64) acc_t sum_exp[kMaxTileRows];
   alignas(64) acc_t sum_shifted[kMaxTileRows];
-  alignas(64) acc_t at_label[kMaxTileRows];  // the logit at the label
-  alignas(64) acc_t factor[kMaxTileRows];    // of the gradient
+  // The logit at the label; from finish_rows() on, what the gradient subtracts there.
+  alignas(64) acc_t at_label[kMaxTileRows];
+  alignas(64) acc_t factor[kMaxTileRows];  // of the gradient
   alignas(64) acc_t offset[kMaxTileRows];
-  alignas(64) acc_t exp_of_label[kMaxTileRows];  // subtracted from the exponential at the label
   bool all_active;
 
   OE_EXT_INLINE RowCoefficients<acc_t> coefficients(int64_t i) const {

@@ -199,7 +199,7 @@ void write_row_gradients(const Args& args, const TileRows<acc_t>& rows, acc_t* b
       }
     });
     if (label >= 0) {
-      const acc_t from_label = exp_at_label - rows.exp_of_label[i];
+      const acc_t from_label = exp_at_label - rows.at_label[i];
       store_as(multiply_add(from_label, rows.factor[i], -rows.offset[i]), to[label]);
     }
   }

@@ -128,7 +128,7 @@ void find_logits_at_labels(const Tile<const acc_t>& tile, int64_t first_class,
   }
 }
 
-// Subtracts exp_of_label from the exponential at each label. After that, the gradient treats all
+// Subtracts at_label from the exponential at each label. After that, the gradient treats all
 // classes alike.
 template <typename acc_t>
 void subtract_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows) {
@@ -137,8 +137,8 @@ void subtract_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileRows<a
     acc_t* y = tile.of_class(1);
 #pragma omp simd
     for (int64_t i = 0; i < rows.padded; ++i) {
-      x[i] -= select(rows.label[i] == 0, rows.exp_of_label[i], acc_t(0));
-      y[i] -= select(rows.label[i] == 1, rows.exp_of_label[i], acc_t(0));
+      x[i] -= select(rows.label[i] == 0, rows.at_label[i], acc_t(0));
+      y[i] -= select(rows.label[i] == 1, rows.at_label[i], acc_t(0));
     }
     return;
   }
@@ -146,7 +146,7 @@ void subtract_at_labels(const Tile<acc_t>& tile, int64_t first_class, TileRows<a
   std::fill_n(tile.of_class(tile.num_classes), rows.padded, acc_t(0));
   find_labels(first_class, tile.num_classes, tile.num_classes, rows);
   for (int64_t i = 0; i < rows.size; ++i) {
-    tile.of_class(rows.place[i])[i] -= rows.exp_of_label[i];
+    tile.of_class(rows.place[i])[i] -= rows.at_label[i];
   }
 }
 
