@@ -6,6 +6,7 @@
 // differentiable, in both modes, to any order.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
@@ -51,42 +52,21 @@ struct AutogradKernels {
     if (torch::autograd::compute_requires_grad(inputs.logits, inputs.alpha_tensor) ||
         any_tangent(inputs.logits, inputs.alpha_tensor)) {
       const at::Tensor logits = readable_logits(inputs.logits);
-      return std::get<0>(
-          forward({logits, inputs.target, inputs.alpha_tensor, inputs.options}, {}, std::nullopt));
+      return std::get<0>(differentiable_forward(
+          {logits, inputs.target, inputs.alpha_tensor, inputs.options}, {}, std::nullopt));
     }
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_loss(inputs);
   }
 
-  // Only the loss has a derivative here, not the statistics. The derivative of the backward
-  // operator covers them, by way of the logits.
   static ForwardResult forward(const LossInputs& inputs, const OptionalTensor& counts,
                                std::optional<bool> unit_gradient) {
-    NodePtr<OutlierExposureLossBackward0> node;
-    if (torch::autograd::compute_requires_grad(inputs.logits, inputs.alpha_tensor)) {
-      node = make_node<OutlierExposureLossBackward0>();
-      node->set_next_edges(torch::autograd::collect_next_edges(inputs.logits, inputs.alpha_tensor));
-    }
-    const bool differentiates = node || any_tangent(inputs.logits, inputs.alpha_tensor);
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        !differentiates || !inputs.options.is_part(),
-        "_outlier_exposure_loss_forward: the loss of a part of the classes has no derivative of "
-        "its own; class_parallel_outlier_exposure_loss has that of all");
-    const bool writes_gradient = unit_gradient.value_or(wants_unit_gradient(inputs));
-    ForwardResult result;
-    {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      result = call_forward(inputs, counts, writes_gradient);
-    }
-    const at::Tensor& loss = std::get<0>(result);
-    const at::Tensor& used_counts = std::get<4>(result);
-    if (any_tangent(inputs.logits, inputs.alpha_tensor)) {
-      set_tangent(loss, loss_jvp(inputs, used_counts));
-    }
-    if (node) {
-      node->save_inputs(inputs, used_counts);
-      node->save_result(result);
-      torch::autograd::set_history(loss, node);
+    ForwardResult result = differentiable_forward(inputs, counts, unit_gradient);
+    at::Tensor& gradient = std::get<5>(result);
+    // The node alone has a gradient that nobody asked for: it finishes it in place only if no one
+    // else does, and a tensor that Python has seen is never its alone again.
+    if (!unit_gradient.has_value() && gradient.dim() == inputs.logits.dim()) {
+      gradient = at::empty({0}, gradient.options());
     }
     return result;
   }
@@ -117,6 +97,41 @@ struct AutogradKernels {
       torch::autograd::set_history(grad_logits, node);
     }
     return grad_logits;
+  }
+
+ private:
+  // Only the loss has a derivative here, not the statistics. The derivative of the backward
+  // operator covers them, by way of the logits.
+  static ForwardResult differentiable_forward(const LossInputs& inputs,
+                                              const OptionalTensor& counts,
+                                              std::optional<bool> unit_gradient) {
+    NodePtr<OutlierExposureLossBackward0> node;
+    if (torch::autograd::compute_requires_grad(inputs.logits, inputs.alpha_tensor)) {
+      node = make_node<OutlierExposureLossBackward0>();
+      node->set_next_edges(torch::autograd::collect_next_edges(inputs.logits, inputs.alpha_tensor));
+    }
+    const bool differentiates = node || any_tangent(inputs.logits, inputs.alpha_tensor);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !differentiates || !inputs.options.is_part(),
+        "_outlier_exposure_loss_forward: the loss of a part of the classes has no derivative of "
+        "its own; class_parallel_outlier_exposure_loss has that of all");
+    const bool writes_gradient = unit_gradient.value_or(wants_unit_gradient(inputs));
+    ForwardResult result;
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      result = call_forward(inputs, counts, writes_gradient);
+    }
+    const at::Tensor& loss = std::get<0>(result);
+    const at::Tensor& used_counts = std::get<4>(result);
+    if (any_tangent(inputs.logits, inputs.alpha_tensor)) {
+      set_tangent(loss, loss_jvp(inputs, used_counts));
+    }
+    if (node) {
+      node->save_inputs(inputs, used_counts);
+      node->save_result(result);
+      torch::autograd::set_history(loss, node);
+    }
+    return result;
   }
 };
 

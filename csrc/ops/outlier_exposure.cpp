@@ -31,9 +31,9 @@ TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
   //   row_max, row_sum_exp  shape of target: the maximum, and the sum of exp(logit - maximum)
   //   counts             float64 [2]: the counts of inliers and outliers that a mean divides by,
   //                      given or taken from this target; empty for "none"
-  //   unit_gradient      shape of logits: the gradient for an upstream gradient of 1, or empty.
-  //                      True requests it (not for "none"); with None the operator writes it if a
-  //                      backward will want it
+  //   unit_gradient      shape of logits: the gradient for an upstream gradient of 1, if True
+  //                      asks for it (not for "none"); else empty. With None the operator decides
+  //                      whether a backward will want it, and only its autograd node has it
   m.def(
       "_outlier_exposure_loss_forward(Tensor logits, Tensor target, float alpha, "
       "Tensor? alpha_tensor, str reduction, SymInt? ignore_index, SymInt? ood_index, "

@@ -16,6 +16,7 @@ from processes import run, same
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 from oe_ext import OutlierExposureLoss, outlier_exposure_loss
 
@@ -117,6 +118,25 @@ def _bad_arguments():
 
 def test_bad_arguments_of_one_process():
     run(2, _bad_arguments)
+
+
+def _one_read_of_the_logits():
+    logits = make_logits((6, 5)).requires_grad_()
+    target = make_target((6, 5))
+    for reduction in ("mean", "group_mean"):
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            loss = outlier_exposure_loss(
+                logits, target, 0.5, reduction, process_group=dist.group.WORLD
+            )
+            loss.backward()
+        names = {event.name for event in record.events()}
+        assert "oe_ext::_outlier_exposure_loss_backward_from_unit" in names
+        assert "oe_ext::_outlier_exposure_loss_backward" not in names
+
+
+def test_global_means_return_the_gradient_of_the_forward():
+    """Their divisors are part of the loss: the upstream gradient is 1, as in one process."""
+    run(2, _one_read_of_the_logits)
 
 
 def _compiled():

@@ -69,6 +69,18 @@ def test_which_way_is_taken():
     assert backward_operators(losses.sum().backward) == [RECOMPUTED]
 
 
+@pytest.mark.parametrize("options", [{"return_stats": True}, {"return_scores": True}])
+def test_statistics_do_not_cost_a_second_read(options):
+    """Python sees what the forward returns, and must not see the gradient: the node gives it away
+    only if nobody else has it."""
+    logits, target = make_case((13, 5))
+    loss = outlier_exposure_loss(logits, target, **options)[0]
+    assert backward_operators(loss.backward) == [FROM_UNIT]
+    grad, logits.grad = logits.grad, None
+    outlier_exposure_loss(logits, target).backward()
+    assert torch.equal(grad, logits.grad)
+
+
 def test_a_second_backward_of_a_retained_graph(device):
     logits, target = make_case((13, 5), device=device)
     loss = outlier_exposure_loss(logits, target)
