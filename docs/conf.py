@@ -37,6 +37,7 @@ INCLUDED = {
     ROOT / "CHANGELOG.md": "changelog.md",
     ROOT / "bench" / "RESULTS.md": "benchmarks.md",
     ROOT / "bench" / "CUDA.md": "cuda.md",
+    ROOT / "tests" / "README.md": "tests.md",
 }
 RELATIVE_LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 

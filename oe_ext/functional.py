@@ -142,7 +142,7 @@ def outlier_exposure_loss(
     classes (see :mod:`oe_ext.distributed`).
 
     Returns:
-        The loss: float32, or float64 for float64 logits; a scalar, or ``target``'s shape for
+        The loss in float32, or in float64 for float64 logits; a scalar, or ``target``'s shape for
         ``"none"``. With ``return_stats`` or ``return_scores``, a tuple of the loss and the
         requested statistics.
 
