@@ -114,11 +114,11 @@ test-asan-python: $(BUILT)  ## Python tests of the CPU operators, compiled with 
 	  $(abspath $(PY)) -m pytest -q -k "not simt" \
 	    $(abspath $(call test_files,values layouts edges errors autograd unit_gradient stats vmap module cpu_kernels)) $(ARGS)
 
-NUMERIC_TESTS = $(call test_files,values layouts edges autograd numerics stats counts_and_parts unit_gradient cpu_kernels properties)
 # As the tests do, but with the kernels of lesser processors.
-test-levels: $(BUILT)  ## the numeric tests at every capability below this processor's: minutes
+test-levels: $(BUILT)  ## the CPU tests at every capability below this processor's: minutes
 	for level in default avx2; do \
-	  ATEN_CPU_CAPABILITY=$$level $(PY) -m pytest -q $(PARALLEL) -k "not simt" $(ARGS) $(NUMERIC_TESTS) || exit 1; \
+	  ATEN_CPU_CAPABILITY=$$level $(PY) -m pytest -q $(PARALLEL) \
+	    -m "$(MARKERS)" -k "not simt" $(ARGS) || exit 1; \
 	done
 
 test-packaging: $(BUILT) dist  ## what dist made, pip with and without isolation, JIT: minutes
@@ -135,6 +135,7 @@ test-torches:  ## make test with each of TORCHES: ten minutes and 8 GB each
 	done
 
 COMPILERS ?= g++-11 g++-12 g++-13 g++-14 g++-15 g++-16 clang++-14
+NUMERIC_TESTS = $(call test_files,values layouts edges autograd numerics stats counts_and_parts unit_gradient cpu_kernels properties)
 test-compilers: $(BUILT)  ## the kernels' tests at every level, loops' instructions; COMPILERS=: minutes each
 	$(call apt_install,/usr/include/valgrind/callgrind.h,valgrind)
 	for compiler in $(COMPILERS); do \
