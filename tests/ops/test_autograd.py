@@ -119,8 +119,8 @@ def test_an_expanded_upstream_gradient(device, shape):
 def test_a_transposed_upstream_gradient(device):
     logits, target = case((3, 4, 5), device)
     weight = torch.rand(5, 3, dtype=torch.float64, device=device).t()
-    _, ours = loss_and_grad(outlier_exposure_loss, logits, target, 0.5, "none", weight=weight)
-    _, theirs = exact(logits, target, 0.5, "none", weight=weight)
+    _, ours = loss_and_grad(outlier_exposure_loss, logits, target, 0.5, "none", upstream=weight)
+    _, theirs = exact(logits, target, 0.5, "none", upstream=weight)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
 
 

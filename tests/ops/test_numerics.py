@@ -29,8 +29,8 @@ def test_inlier_rows_are_cross_entropy(device, reduction):
     logits = make_logits(shape, device=device)
     target = make_target(shape, "inliers", device=device)
     weight = torch.rand(target.shape, device=device).double() if reduction == "none" else None
-    ours = loss_and_grad(outlier_exposure_loss, logits, target, 0.5, reduction, weight=weight)
-    theirs = loss_and_grad(F.cross_entropy, logits, target, reduction=reduction, weight=weight)
+    ours = loss_and_grad(outlier_exposure_loss, logits, target, 0.5, reduction, upstream=weight)
+    theirs = loss_and_grad(F.cross_entropy, logits, target, reduction=reduction, upstream=weight)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
 
 

@@ -17,7 +17,7 @@ def test_classes_that_are_all_the_same_memory(device):
         target = torch.tensor([1, -1, 2, 0, -1, 3], device=device).view(3, 1, 2)
         for reduction in ("sum", "none"):
             weight = torch.ones_like(target, dtype=torch.float64) if reduction == "none" else None
-            _, expected = exact(logits, target, 0.5, reduction, weight=weight)
+            _, expected = exact(logits, target, 0.5, reduction, upstream=weight)
             for upstream in (1.0, 2.0):
                 leaf = logits.detach().requires_grad_()
                 loss = outlier_exposure_loss(leaf, target, 0.5, reduction)

@@ -29,7 +29,7 @@ class Graph:
         self.alpha = torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
         self.loss = outlier_exposure_loss(leaf, target, self.alpha, reduction)
         weight = torch.ones(self.loss.shape, dtype=torch.float64)
-        self.truth = exact(self.saved, target, alpha, reduction, weight=weight)
+        self.truth = exact(self.saved, target, alpha, reduction, upstream=weight)
         self.changed = self.freed = False
         self.factor = 1.0  # of hooks on the leaf
 

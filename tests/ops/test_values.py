@@ -39,8 +39,8 @@ def check(logits, target, **kwargs):
     if kwargs.get("reduction") == "none":
         weight = torch.rand(target.shape, dtype=torch.float64, device=logits.device)
         weight = weight.to(torch.promote_types(logits.dtype, torch.float32))
-    loss, grad = loss_and_grad(outlier_exposure_loss, logits, target, weight=weight, **kwargs)
-    expected_loss, expected_grad = exact(logits, target, weight=weight, **kwargs)
+    loss, grad = loss_and_grad(outlier_exposure_loss, logits, target, upstream=weight, **kwargs)
+    expected_loss, expected_grad = exact(logits, target, upstream=weight, **kwargs)
     assert loss.dtype == torch.promote_types(logits.dtype, torch.float32)
     assert loss.shape == expected_loss.shape
     assert grad.dtype == logits.dtype

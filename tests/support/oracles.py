@@ -40,22 +40,24 @@ def load_pytorch_ood_class() -> type[torch.nn.Module]:
     return importlib.import_module(f"{name}.loss.oe").OutlierExposureLoss
 
 
-def loss_and_grad(function, logits: Tensor, *args, weight=None, **kwargs) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient (of ``<weight, loss>`` if it is not a scalar)."""
+def loss_and_grad(
+    function, logits: Tensor, *args, upstream=None, **kwargs
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient (of ``<upstream, loss>`` if it is not a scalar)."""
     logits = logits.detach().requires_grad_()
     loss = function(logits, *args, **kwargs)
-    if weight is None:
-        weight = torch.ones_like(loss)
-    (grad,) = torch.autograd.grad(loss, logits, weight)
+    if upstream is None:
+        upstream = torch.ones_like(loss)
+    (grad,) = torch.autograd.grad(loss, logits, upstream)
     return loss.detach(), grad
 
 
-def exact(logits: Tensor, *args, weight=None, **kwargs) -> tuple[Tensor, Tensor]:
+def exact(logits: Tensor, *args, upstream=None, **kwargs) -> tuple[Tensor, Tensor]:
     """The reference's loss and gradient in float64."""
-    if weight is not None:
-        weight = weight.double()
+    if upstream is not None:
+        upstream = upstream.double()
     return loss_and_grad(
-        reference.outlier_exposure_loss, logits.double(), *args, weight=weight, **kwargs
+        reference.outlier_exposure_loss, logits.double(), *args, upstream=upstream, **kwargs
     )
 
 
