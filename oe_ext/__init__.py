@@ -6,7 +6,12 @@ from oe_ext._version import __version__
 _ext.load()  # registers the operators, before anything looks for them
 
 from oe_ext import _vmap  # noqa: E402, F401
-from oe_ext.functional import LossScores, LossStats, outlier_exposure_loss  # noqa: E402
+from oe_ext.functional import (  # noqa: E402
+    LossScores,
+    LossStats,
+    count_labels,
+    outlier_exposure_loss,
+)
 from oe_ext.loss import OutlierExposureLoss  # noqa: E402
 
 __all__ = [
@@ -14,5 +19,6 @@ __all__ = [
     "LossStats",
     "OutlierExposureLoss",
     "__version__",
+    "count_labels",
     "outlier_exposure_loss",
 ]

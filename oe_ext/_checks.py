@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,8 +25,11 @@ else:
 __all__ = [
     "TENSORS",
     "WORLD",
+    "Counts",
     "ProcessGroup",
+    "as_counts",
     "as_group",
+    "as_label_smoothing",
     "as_number",
     "as_reduction",
     "as_special_label",
@@ -33,6 +37,7 @@ __all__ = [
     "check_arguments",
     "check_group",
     "check_tensors",
+    "check_weight",
 ]
 
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
@@ -40,6 +45,8 @@ _NAME = "outlier_exposure_loss"
 
 # A tensor, or its proxy while torch.fx traces.
 TENSORS = (Tensor, Proxy)
+# The sum over inliers and over outliers that a mean divides by.
+Counts = Tensor | Sequence["float | Tensor"]
 # The name of the group of all processes, which may not exist yet.
 WORLD = "world"
 
@@ -66,20 +73,67 @@ def as_reduction(reduction: object, caller: str = _NAME) -> str:
     )
 
 
-def as_number(alpha: Any, caller: str = _NAME) -> float:
-    """Converts an alpha that is not a tensor."""
+def as_number(value: Any, caller: str = _NAME, name: str = "alpha") -> float:
+    """Converts an alpha that is not a tensor, or another number."""
     try:
-        if isinstance(alpha, str | bytes):  # float() would accept these
+        if isinstance(value, str | bytes):  # float() would accept these
             raise TypeError
-        number = float(alpha)
+        number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"{caller}: alpha must be a number or a tensor, got {_kind(alpha)}"
-        ) from None
+        tensor = " or a tensor" if name == "alpha" else ""
+        raise TypeError(f"{caller}: {name} must be a number{tensor}, got {_kind(value)}") from None
     except OverflowError:  # an integer that no float can hold
         number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"{caller}: alpha must be a finite number, got {number}")
+        raise ValueError(f"{caller}: {name} must be a finite number, got {number}")
+    return number
+
+
+def as_label_smoothing(value: Any, caller: str = _NAME) -> float:
+    if isinstance(value, Proxy) or torch.compiler.is_dynamo_compiling():
+        return cast(float, value)  # the operator checks it
+    number = as_number(value, caller, "label_smoothing")
+    if not 0 <= number <= 1:
+        raise ValueError(f"{caller}: label_smoothing must be in [0, 1], got {number}")
+    return number
+
+
+def check_weight(weight: Any, caller: str = _NAME) -> None:
+    """Checks what does not depend on the logits."""
+    if weight is None or isinstance(weight, Proxy):
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{caller}: weight must be a tensor or None, got {_kind(weight)}")
+    if not weight.is_floating_point():
+        raise TypeError(f"{caller}: weight must have a floating-point dtype, got {weight.dtype}")
+    if weight.dim() != 1:
+        raise ValueError(
+            f"{caller}: weight must have one element per class, so one axis, got shape "
+            f"{list(weight.shape)}"
+        )
+
+
+def as_counts(counts: Any, logits: Tensor) -> Tensor:
+    """Two numbers, or tensors, as one tensor, without waiting for a device."""
+    if isinstance(counts, TENSORS):
+        return cast(Tensor, counts.to(torch.float64))
+    if not isinstance(counts, tuple | list) or len(counts) != 2:
+        length = f" of {len(counts)}" if isinstance(counts, tuple | list) else ""
+        raise TypeError(
+            f"{_NAME}: counts must be a pair (of inliers, of outliers) or a tensor of two "
+            f"elements, got {_kind(counts)}{length}"
+        )
+    # Products, because torch.compile treats a number as a variable only there.
+    one = torch.ones((), dtype=torch.float64, device=logits.device)
+    return torch.stack([one * _as_count(count) for count in counts])
+
+
+def _as_count(count: Any) -> Any:
+    if isinstance(count, TENSORS) or torch.compiler.is_dynamo_compiling():
+        return count
+    number = as_number(count, name="an element of counts")
+    if number < 0:
+        raise ValueError(f"{_NAME}: counts must not be negative, got {number}")
     return number
 
 
@@ -130,12 +184,24 @@ def check_alpha(alpha: float | Tensor, caller: str = _NAME) -> None:
         )
 
 
-def check_arguments(logits: Tensor, target: Tensor, alpha: float | Tensor, reduction: str) -> None:
+def check_arguments(
+    logits: Tensor,
+    target: Tensor,
+    alpha: float | Tensor,
+    reduction: str,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> None:
     """Raises the operator's errors for shapes, dtypes and settings: its Meta kernel checks all but
     the labels."""
     with torch.no_grad():
-        if isinstance(alpha, Tensor):
-            alpha = alpha.to("meta")
-            _LOSS.tensor_alpha(logits.to("meta"), target.to("meta"), alpha, reduction)
-        else:
-            _LOSS.default(logits.to("meta"), target.to("meta"), alpha, reduction)
+        is_tensor = isinstance(alpha, Tensor)
+        operator = _LOSS.tensor_alpha if is_tensor else _LOSS.default
+        operator(
+            logits.to("meta"),
+            target.to("meta"),
+            alpha.to("meta") if isinstance(alpha, Tensor) else alpha,
+            reduction,
+            weight=None if weight is None else weight.to("meta"),
+            label_smoothing=label_smoothing,
+        )

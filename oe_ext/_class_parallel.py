@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oe_ext._checks import as_reduction, check_arguments
+from oe_ext._checks import as_reduction, check_arguments, check_weight
 from oe_ext._reductions import reduce_rows
 from oe_ext._sums import expand
-from oe_ext.reference import inliers_and_outliers
+from oe_ext.reference import inliers_and_outliers, weights_of_inliers
 
 __all__ = ["class_parallel_outlier_exposure_loss"]
 
@@ -31,17 +31,29 @@ class _Part(NamedTuple):
     labels: Tensor  #: int64: a class among all, _OUTLIER or _IGNORED
     first_class: int
     num_classes: int  #: of all processes
+    label_smoothing: float
 
     @property
     def settings(self) -> tuple[int, None]:
         """ignore_index and ood_index of the operator, for these labels."""
         return _IGNORED, None
 
+    @property
+    def classes(self) -> dict[str, Any]:
+        """The last arguments of the operator."""
+        return {
+            "num_classes": self.num_classes,
+            "first_class": self.first_class,
+            "label_smoothing": self.label_smoothing,
+        }
+
     def mass_here(self, num_here: int) -> Tensor:
         """The share of each row's distribution q that falls on the ``num_here`` classes here."""
         cls = self.labels - self.first_class
         is_here = (self.labels >= 0) & (cls >= 0) & (cls < num_here)
-        return torch.where(self.labels == _OUTLIER, num_here / self.num_classes, is_here.double())
+        share = num_here / self.num_classes
+        of_inlier = (1 - self.label_smoothing) * is_here.double() + self.label_smoothing * share
+        return torch.where(self.labels == _OUTLIER, share, of_inlier)
 
 
 def _exchange_sizes(
@@ -116,8 +128,7 @@ def _local_statistics(logits: Tensor, part: _Part) -> tuple[Tensor, Tensor, Tens
         None,
         "none",
         *part.settings,
-        num_classes=part.num_classes,
-        first_class=part.first_class,
+        **part.classes,
     )
     # The exponentials of a row with only -inf logits are all 0.
     of_q = torch.where(row_sum_exp == 0, -torch.inf, row_sum_exp.log() - cross_entropy)
@@ -152,7 +163,7 @@ class _RowCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, part: _Part, global_max: Tensor, sums: Tensor) -> Tensor:
         sum_exp, of_q = sums.unbind()
         ctx.save_for_backward(logits, part.labels, global_max, sum_exp)
-        ctx.classes = part.first_class, part.num_classes
+        ctx.rest_of_part = part[1:]
         return torch.where(part.labels == _IGNORED, 0, sum_exp.log() - of_q)
 
     @staticmethod
@@ -167,7 +178,7 @@ class _RowCrossEntropy(torch.autograd.Function):
             return torch.zeros_like(logits), None, None, None
         # The logits of an outlier with an upstream gradient of 0 may be anything.
         skipped = (labels == _OUTLIER) & (grad == 0)
-        part = _Part(labels.masked_fill(skipped, _IGNORED), *ctx.classes)
+        part = _Part(labels.masked_fill(skipped, _IGNORED), *ctx.rest_of_part)
         grad_logits = _BACKWARD(
             grad,
             logits,
@@ -179,8 +190,7 @@ class _RowCrossEntropy(torch.autograd.Function):
             None,
             "none",
             *part.settings,
-            part.num_classes,
-            part.first_class,
+            **part.classes,
         )
         return grad_logits, None, None, None
 
@@ -192,6 +202,8 @@ def class_parallel_outlier_exposure_loss(
     alpha: float | Tensor = 0.5,
     reduction: str | None = "mean",
     *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     ignore_index: int | None = None,
     ood_index: int | None = None,
     class_sizes: Sequence[int] | None = None,
@@ -212,7 +224,9 @@ def class_parallel_outlier_exposure_loss(
         target: ``[N]`` or ``[N, d1, ..., dk]``: labels among all classes, the same in all
             processes.
         group: the processes; all of them by default.
-        alpha, reduction, ignore_index, ood_index: as for :func:`oe_ext.outlier_exposure_loss`.
+        alpha, reduction, label_smoothing, ignore_index, ood_index: as for
+            :func:`oe_ext.outlier_exposure_loss`.
+        weight: the weights of all classes, ``[C]``, in each process.
         class_sizes: the number of classes of each process. Without it the processes exchange the
             numbers, and the host waits. They also exchange whether their arguments are valid: if
             one process raises, all do.
@@ -222,6 +236,7 @@ def class_parallel_outlier_exposure_loss(
 
     Raises:
         ValueError, TypeError, IndexError: as :func:`oe_ext.outlier_exposure_loss`.
+        NotImplementedError: a ``weight`` together with ``label_smoothing``.
         RuntimeError: another process got bad arguments; or the backward ran with
             ``create_graph=True``, since the loss cannot be differentiated twice.
     """
@@ -233,8 +248,13 @@ def class_parallel_outlier_exposure_loss(
             shape = list(local_logits.shape)
             shape[_CLASS_AXIS] = 1
             checked = local_logits.new_empty(shape, device="meta")
-        check_arguments(checked, target, alpha, reduction)
-    except (ValueError, TypeError) as bad:
+        check_arguments(checked, target, alpha, reduction, None, label_smoothing)
+        check_weight(weight, _NAME)
+        if weight is not None and label_smoothing != 0:
+            raise NotImplementedError(
+                f"{_NAME}: weight and label_smoothing together need all classes in one process"
+            )
+    except (ValueError, TypeError, NotImplementedError) as bad:
         error = bad
     rank = dist.get_rank(group)
     if class_sizes is None:
@@ -249,16 +269,21 @@ def class_parallel_outlier_exposure_loss(
     num_classes = sum(class_sizes)
     if num_classes == 0:
         raise ValueError(f"{_NAME}: there must be at least one class, in whichever process")
+    if weight is not None and weight.shape != (num_classes,):
+        raise ValueError(
+            f"{_NAME}: weight must have one element per class of all processes, so shape "
+            f"[{num_classes}], got {list(weight.shape)}"
+        )
 
     labels = target.long()
     inlier, outlier = inliers_and_outliers(labels, ignore_index, ood_index)
     dtype = torch.promote_types(local_logits.dtype, torch.float32)
-    weight = expand(torch.as_tensor(alpha, dtype=dtype, device=labels.device), labels.shape)
-    weighs = outlier if weight.requires_grad else outlier & (weight != 0)
+    alpha = expand(torch.as_tensor(alpha, dtype=dtype, device=labels.device), labels.shape)
+    weighs = outlier if alpha.requires_grad else outlier & (alpha != 0)
     with torch.no_grad():
         is_bad = inlier & ((labels < 0) | (labels >= num_classes))
         seen = torch.where(inlier & ~is_bad, labels, torch.where(weighs, _OUTLIER, _IGNORED))
-        part = _Part(seen, sum(class_sizes[:rank]), num_classes)
+        part = _Part(seen, sum(class_sizes[:rank]), num_classes, label_smoothing)
         statistics = _local_statistics(local_logits.detach(), part)
         global_max, anywhere = _global_maximum(statistics[0], is_bad, group)
         _check_labels(labels, num_classes, anywhere, is_bad, ignore_index)
@@ -267,7 +292,12 @@ def class_parallel_outlier_exposure_loss(
     cross_entropy: Tensor = _RowCrossEntropy.apply(  # type: ignore[no-untyped-call]
         local_logits, part, global_max, sums
     )
-    # An outlier with a weight of 0 contributes exactly 0, whatever its logits are.
-    finite = torch.where((weight == 0) & ~cross_entropy.isfinite(), 0, cross_entropy)
-    row_loss = torch.where(inlier, cross_entropy, torch.where(weighs, weight * finite, 0))
-    return reduce_rows(row_loss, inlier, outlier, reduction)
+    # An outlier with an alpha of 0 contributes exactly 0, whatever its logits are.
+    finite = torch.where((alpha == 0) & ~cross_entropy.isfinite(), 0, cross_entropy)
+    inlier_weights = None
+    of_inlier = cross_entropy
+    if weight is not None:
+        inlier_weights = weights_of_inliers(labels, inlier, weight.detach().to(dtype))
+        of_inlier = cross_entropy * inlier_weights.to(dtype)
+    row_loss = torch.where(inlier, of_inlier, torch.where(weighs, alpha * finite, 0))
+    return reduce_rows(row_loss, inlier, outlier, reduction, inlier_weights=inlier_weights)

@@ -19,7 +19,7 @@ class Reduction(NamedTuple):
     name: str
     #: False: one loss per position.
     is_scalar: bool = True
-    #: The losses of each group are divided by the members of these groups. Without groups they stay
+    #: The losses of each group are divided by the counts of these groups. Without groups they stay
     #: a sum.
     inliers_by: tuple[int, ...] = ()
     outliers_by: tuple[int, ...] = ()
@@ -32,15 +32,15 @@ class Reduction(NamedTuple):
         return bool(self.inliers_by or self.outliers_by)
 
     def divisors(self, num_inliers: Tensor, num_outliers: Tensor) -> tuple[Tensor, Tensor]:
-        """The divisors of the losses of inliers and of outliers. Never 0, not even for an empty
-        group: a derivative would see the infinity."""
+        """The divisors of the losses of inliers and of outliers. Counts of 0 give infinity, so that
+        the mean is 0: nothing is there, or all of it has a class weight of 0."""
         members = (num_inliers, num_outliers)
 
         def divisor(groups: tuple[int, ...]) -> Tensor:
             if not groups:
                 return torch.ones_like(num_inliers)
             total = sum((members[group] for group in groups[1:]), members[groups[0]])
-            return total.masked_fill(total == 0, 1)
+            return torch.where(total == 0, torch.inf, total)
 
         return divisor(self.inliers_by), divisor(self.outliers_by)
 
@@ -77,24 +77,34 @@ def reduce_rows(
     name: str,
     *,
     first_axis: int = 0,
+    inlier_weights: Tensor | None = None,
     counts: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Reduces the losses of positions, 0 for ignored ones, over the axes from ``first_axis`` on.
-    The axes before it are a batch: one loss per sample. ``counts`` of inliers and of outliers
-    replace those of these positions."""
+    The axes before it are a batch: one loss per sample. A mean divides by the sum of
+    ``inlier_weights``, without them by the number of inliers, and by the number of outliers;
+    ``counts`` replace both."""
     reduction = find_reduction(name)
     if not reduction.is_scalar:
         return row_loss
     zero = torch.zeros_like(row_loss)
     inlier_sum = sum_from_axis(torch.where(inlier, row_loss, zero).double(), first_axis)
     outlier_sum = sum_from_axis(torch.where(inlier, zero, row_loss).double(), first_axis)
-    axes = list(range(first_axis, row_loss.dim()))
-    num_inliers, num_outliers = counts or (inlier.sum(axes), outlier.sum(axes))
+    if counts is None:
+        axes = list(range(first_axis, row_loss.dim()))
+        if inlier_weights is None:
+            counts = inlier.sum(axes), outlier.sum(axes)
+        else:
+            counts = sum_from_axis(inlier_weights, first_axis), outlier.sum(axes)
+        empty_is_nan = reduction.empty_is_nan and row_loss.shape[first_axis:].numel() == 0
+    else:
+        empty_is_nan = False
+    num_inliers, num_outliers = counts
     of_inliers, of_outliers = reduction.divisors(num_inliers, num_outliers)
     if reduction.inliers_by == reduction.outliers_by:
         total = (inlier_sum + outlier_sum) / of_inliers
     else:
         total = inlier_sum / of_inliers + outlier_sum / of_outliers
-    if reduction.empty_is_nan and counts is None and row_loss.shape[first_axis:].numel() == 0:
+    if empty_is_nan:
         total = total / 0
     return total.to(row_loss.dtype)

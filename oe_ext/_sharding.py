@@ -36,7 +36,7 @@ def _position_axes(target: Any) -> list[tuple[int, int]]:
 
 @register_sharding([_LOSS.default, _LOSS.tensor_alpha])  # type: ignore[untyped-decorator]
 def _shard_loss(
-    logits: Any, target: Any, alpha: Any = 0.5, reduction: str = "mean", **special_labels: Any
+    logits: Any, target: Any, alpha: Any = 0.5, reduction: str = "mean", **options: Any
 ) -> list[tuple[list[Any], list[Any]]]:
     replicated = [Replicate()] * (3 if hasattr(alpha, "shape") else 2)
     shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()], replicated)]
@@ -61,8 +61,13 @@ def _shard_forward(
     counts: Any = None,
     num_classes: int | None = None,
     first_class: int = 0,
+    weight: Any = None,
+    label_smoothing: float = 0.0,
 ) -> list[tuple[list[Any], list[Any]]]:
-    replicated = [Replicate()] * (2 + (alpha_tensor is not None) + (counts is not None))
+    has_weight = weight is not None
+    replicated = [Replicate()] * (
+        2 + (alpha_tensor is not None) + (counts is not None) + has_weight
+    )
     shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()] * 6, replicated)]
     rule = find_reduction(reduction)
     if (counts is not None or not rule.counts) and not unit_gradient:
@@ -78,7 +83,7 @@ def _shard_forward(
                 Replicate(),  # no gradient: empty
             ]
             inputs = [Shard(logits_dim), rows, *_alpha_placement(alpha_tensor, target, dim)]
-            inputs += [] if counts is None else [Replicate()]
+            inputs += [Replicate()] * ((counts is not None) + has_weight)
             shardings.append((outputs, inputs))
     return shardings
 
@@ -98,8 +103,11 @@ def _shard_backward(
     ood_index: int | None,
     num_classes: int | None = None,
     first_class: int = 0,
+    weight: Any = None,
+    label_smoothing: float = 0.0,
 ) -> list[tuple[list[Any], list[Any]]]:
-    replicated = [Replicate()] * (6 if alpha_tensor is None else 7)
+    of_weight = [] if weight is None else [Replicate()]
+    replicated = [Replicate()] * ((6 if alpha_tensor is None else 7) + len(of_weight))
     shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()], replicated)]
     for dim, logits_dim in _position_axes(target):
         rows = Shard(dim)
@@ -111,6 +119,7 @@ def _shard_backward(
             rows,
             Replicate(),  # counts of all rows, which a mean divides by
             *_alpha_placement(alpha_tensor, target, dim),
+            *of_weight,
         ]
         shardings.append(([Shard(logits_dim)], inputs))
     return shardings

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oe_ext._checks import TENSORS, check_alpha
 from oe_ext._sums import sum_from_axis
-from oe_ext.reference import inliers_and_outliers
+from oe_ext.reference import inliers_and_outliers, weights_of_inliers
 
 __all__ = ["LossScores", "LossStats", "loss_with_stats"]
 
@@ -22,7 +22,7 @@ class LossStats(NamedTuple):
     NaN. The mean over an epoch therefore follows from sums and counts, which :meth:`merge` adds up.
     """
 
-    #: The mean cross-entropy of the inliers; NaN without inliers.
+    #: The mean loss of the inliers, by their class weights; NaN without inliers.
     inlier_loss: Tensor
     #: The mean cross-entropy of the outliers to the uniform distribution, not weighted by alpha;
     #: NaN without outliers.
@@ -33,12 +33,14 @@ class LossStats(NamedTuple):
     num_outliers: Tensor
     #: The fraction of inliers whose label is the argmax of the logits; NaN without inliers.
     inlier_accuracy: Tensor
-    #: The summed cross-entropy of the inliers, float64; 0 without inliers.
+    #: The summed loss of the inliers, with their class weights, float64; 0 without inliers.
     inlier_loss_sum: Tensor
     #: The summed cross-entropy of the outliers, float64; 0 without outliers.
     outlier_loss_sum: Tensor
     #: The number of inliers whose label is the argmax of the logits, int64.
     num_correct: Tensor
+    #: The summed class weights of the inliers, float64; without weights their number.
+    inlier_weight: Tensor
 
     def merge(self, other: LossStats) -> LossStats:
         """The statistics of both batches as one."""
@@ -48,6 +50,7 @@ class LossStats(NamedTuple):
             self.num_inliers + other.num_inliers,
             self.num_outliers + other.num_outliers,
             self.num_correct + other.num_correct,
+            self.inlier_weight + other.inlier_weight,
             self.inlier_loss.dtype,
         )
 
@@ -72,10 +75,11 @@ def _from_sums(
     num_inliers: Tensor,
     num_outliers: Tensor,
     num_correct: Tensor,
+    inlier_weight: Tensor,
     dtype: Any,
 ) -> LossStats:
     return LossStats(
-        inlier_loss=(inlier_sum / num_inliers).to(dtype),
+        inlier_loss=(inlier_sum / inlier_weight).to(dtype),
         outlier_loss=(outlier_sum / num_outliers).to(dtype),
         num_inliers=num_inliers,
         num_outliers=num_outliers,
@@ -83,6 +87,7 @@ def _from_sums(
         inlier_loss_sum=inlier_sum,
         outlier_loss_sum=outlier_sum,
         num_correct=num_correct,
+        inlier_weight=inlier_weight,
     )
 
 
@@ -120,6 +125,9 @@ def loss_with_stats(
     return_scores: bool,
     ignore_index: int | None,
     ood_index: int | None,
+    weight: Tensor | None,
+    label_smoothing: float,
+    counts: Tensor | None,
 ) -> tuple[Tensor | LossStats | LossScores, ...]:
     """The loss and the requested statistics, for O(N) more work. Eager calls on the CPU read again
     only the logits at the labels, and rows where these do not tell if the label is the argmax."""
@@ -127,11 +135,20 @@ def loss_with_stats(
         check_alpha(alpha)
     # A tensor alpha makes the operator keep the cross-entropy of each row, also of outliers with a
     # weight of 0.
-    weight = alpha if isinstance(alpha, TENSORS) else alpha_as_tensor(alpha, logits)
-    eager = _is_eager(logits, target, weight)
+    alpha = alpha if isinstance(alpha, TENSORS) else alpha_as_tensor(alpha, logits)
+    eager = _is_eager(logits, target, alpha)
     loss, cross_entropy, row_max, row_sum_exp, _, _ = (
         torch.ops.oe_ext._outlier_exposure_loss_forward.default(
-            logits, target, 0.0, weight, reduction, ignore_index, ood_index
+            logits,
+            target,
+            0.0,
+            alpha,
+            reduction,
+            ignore_index,
+            ood_index,
+            counts=counts,
+            weight=weight,
+            label_smoothing=label_smoothing,
         )
     )
     result: tuple[Tensor | LossStats | LossScores, ...] = (loss,)
@@ -140,6 +157,7 @@ def loss_with_stats(
     if return_stats:
         # where() and not products: an ignored row may hold any value
         terms = cross_entropy.double()
+        in_loss_dtype = None if weight is None else weight.to(cross_entropy.dtype)
         rows = logits.detach()
         known = (row_max, row_sum_exp) if eager and logits.device.type == "cpu" else None
         is_right = _is_argmax(rows, label, inlier, known)
@@ -150,6 +168,7 @@ def loss_with_stats(
                 inlier.sum(),
                 outlier.sum(),
                 is_right.sum(),
+                sum_from_axis(weights_of_inliers(label, inlier, in_loss_dtype).flatten(), rank=1),
                 cross_entropy.dtype,
             ),
         )

@@ -19,7 +19,8 @@ from oe_ext import _sharding  # noqa: F401
 from oe_ext._checks import check_alpha, check_arguments
 from oe_ext._class_parallel import class_parallel_outlier_exposure_loss
 from oe_ext._reductions import find_reduction, reduce_rows
-from oe_ext.reference import inliers_and_outliers
+from oe_ext._sums import sum_from_axis
+from oe_ext.reference import inliers_and_outliers, weights_of_inliers
 
 __all__ = ["class_parallel_outlier_exposure_loss", "global_outlier_exposure_loss"]
 
@@ -34,21 +35,30 @@ def _call(
     target: Tensor,
     alpha: float | Tensor,
     reduction: str,
-    special_labels: dict[str, Any],
+    options: dict[str, Any],
     counts: Tensor | None = None,
 ) -> Tensor:
     """Calls the operator. Its means divide by ``counts``, if given."""
     is_tensor = isinstance(alpha, Tensor)
     loss: Tensor
-    if counts is None:
+    options = options | {"weight": _replicated(options["weight"], logits)}
+    counts = _replicated(counts, logits)
+    # DTensor reads its rule for a sharded tensor only if it is not a keyword.
+    if counts is None and options["weight"] is None:
         operator = _LOSS.tensor_alpha if is_tensor else _LOSS.default
-        loss = operator(logits, target, alpha, reduction, **special_labels)
+        loss = operator(logits, target, alpha, reduction, **options)
     else:
         number, tensor = (0.0, alpha) if is_tensor else (alpha, None)
-        loss, *_ = _FORWARD(
-            logits, target, number, tensor, reduction, **special_labels, counts=counts
-        )
+        loss, *_ = _FORWARD(logits, target, number, tensor, reduction, **options, counts=counts)
     return loss
+
+
+def _replicated(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """If ``like`` is a DTensor, a tensor that each process has becomes one, too."""
+    if tensor is None or isinstance(tensor, DTensor) or not isinstance(like, DTensor):
+        return tensor
+    copies = [Replicate()] * like.device_mesh.ndim
+    return DTensor.from_local(tensor, like.device_mesh, copies, run_check=False)
 
 
 def global_outlier_exposure_loss(
@@ -58,6 +68,9 @@ def global_outlier_exposure_loss(
     reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
     *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    counts: Tensor | None = None,
     ignore_index: int | None = None,
     ood_index: int | None = None,
 ) -> Tensor:
@@ -67,9 +80,9 @@ def global_outlier_exposure_loss(
     documents the arguments.
 
     With a ``process_group``, ``"mean"`` and ``"group_mean"`` divide by the average of the
-    processes' counts. Averaged over the processes, the losses and the gradients then equal those of
-    the whole batch in one process. ``"sum"`` and ``"none"`` apply to the local part.
-    One all-reduce sends three integers.
+    processes' counts (for inliers with a ``weight``, their summed weights). Averaged over the
+    processes, the losses and the gradients then equal those of the whole batch in one process.
+    ``"sum"`` and ``"none"`` apply to the local part. One all-reduce sends three numbers.
 
     With a DTensor, the result is that of the whole batch. A sharded batch gives a sharded loss for
     ``"none"``, and partial sums otherwise. Logits with sharded classes (``Shard(1)``) go to
@@ -80,6 +93,11 @@ def global_outlier_exposure_loss(
             several dimensions of the mesh.
     """
     special_labels = {"ignore_index": ignore_index, "ood_index": ood_index}
+    options: dict[str, Any] = {
+        **special_labels,
+        "weight": weight,
+        "label_smoothing": label_smoothing,
+    }
     if isinstance(logits, DTensor):
         if process_group is not None:
             raise ValueError(
@@ -87,30 +105,39 @@ def global_outlier_exposure_loss(
                 "process_group must be None"
             )
         if any(p.is_shard(_CLASS_AXIS) for p in logits.placements):
-            return _class_parallel_of_dtensor(logits, target, alpha, reduction, special_labels)
-    if not find_reduction(reduction).counts:
-        return _call(logits, target, alpha, reduction, special_labels)
+            return _class_parallel_of_dtensor(logits, target, alpha, reduction, options, counts)
+    if counts is not None or not find_reduction(reduction).counts:
+        return _call(logits, target, alpha, reduction, options, counts)
     if not torch.compiler.is_dynamo_compiling():
         try:
             check_alpha(alpha)
             if not isinstance(logits, DTensor):
-                check_arguments(logits, target, alpha, reduction)
+                check_arguments(logits, target, alpha, reduction, weight, label_smoothing)
         except (ValueError, TypeError):
             if process_group is not None:  # the other processes wait for our counts
-                nothing = torch.zeros(3, dtype=torch.int64, device=target.device)
+                nothing = torch.zeros(3, dtype=torch.float64, device=target.device)
                 dist.all_reduce(nothing, group=process_group)
             raise
     inlier, outlier = inliers_and_outliers(target, ignore_index, ood_index)
-    # Inliers, outliers, and positions of any kind.
-    numbers = torch.stack([inlier.sum(), outlier.sum(), torch.ones_like(inlier).sum()])
+    if weight is None:
+        of_inliers = inlier.sum()
+    else:
+        in_loss_dtype = weight.to(torch.promote_types(logits.dtype, torch.float32))
+        of_inliers = sum_from_axis(
+            weights_of_inliers(target, inlier, _replicated(in_loss_dtype, logits))
+        )
+    # Inliers or their weights, outliers, and positions of any kind.
+    numbers = torch.stack(
+        [of_inliers.double(), outlier.sum().double(), torch.ones_like(inlier).sum().double()]
+    )
     num_parts = 1
     if not isinstance(logits, DTensor):
         dist.all_reduce(numbers, group=process_group)
         num_parts = dist.get_world_size(process_group)
-    counts = numbers[:2].double() / num_parts
+    counts = numbers[:2] / num_parts
     if find_reduction(reduction).empty_is_nan:
         counts = torch.where(numbers[2] == 0, torch.nan, counts)
-    return _call(logits, target, alpha, reduction, special_labels, counts)
+    return _call(logits, target, alpha, reduction, options, counts)
 
 
 def _class_parallel_of_dtensor(
@@ -118,7 +145,8 @@ def _class_parallel_of_dtensor(
     target: Tensor,
     alpha: float | Tensor,
     reduction: str,
-    special_labels: dict[str, Any],
+    options: dict[str, Any],
+    counts: Tensor | None,
 ) -> Tensor:
     """The loss of classes that are sharded over one mesh dimension. Others may shard the batch."""
     mesh = logits.device_mesh
@@ -151,6 +179,9 @@ def _class_parallel_of_dtensor(
         if not isinstance(alpha, DTensor):
             alpha = DTensor.from_local(alpha, mesh, copies, run_check=False)
         alpha = with_rows(alpha.expand(target.shape)).to_local()
+    weight = options["weight"]
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
     # DTensor splits an axis into parts of equal size; the last ones are smaller or empty.
     num_classes, num_parts = logits.size(_CLASS_AXIS), mesh.size(class_dims[0])
     part = -(-num_classes // num_parts)
@@ -161,10 +192,23 @@ def _class_parallel_of_dtensor(
         mesh.get_group(class_dims[0]),
         alpha,
         "none",
-        **special_labels,
+        **options | {"weight": weight},
         class_sizes=class_sizes,
     )
     row_loss = DTensor.from_local(
         local_loss, mesh, rows, run_check=False, shape=target.shape, stride=target.stride()
     )
-    return reduce_rows(row_loss, *inliers_and_outliers(target, **special_labels), reduction)
+    inlier, outlier = inliers_and_outliers(target, options["ignore_index"], options["ood_index"])
+    inlier_weights = None
+    if weight is not None:
+        weight = _replicated(weight.to(local_loss.dtype), logits)
+        inlier_weights = weights_of_inliers(target, inlier, weight)
+    given = None if counts is None else _replicated(counts, logits)
+    return reduce_rows(
+        row_loss,
+        inlier,
+        outlier,
+        reduction,
+        inlier_weights=inlier_weights,
+        counts=None if given is None else (given[0], given[1]),
+    )

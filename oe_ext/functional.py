@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Literal, overload
 
 import torch
@@ -11,18 +12,27 @@ from torch.compiler import is_dynamo_compiling
 
 from oe_ext._checks import (
     TENSORS,
+    Counts,
     ProcessGroup,
+    as_counts,
     as_group,
+    as_label_smoothing,
     as_number,
     as_reduction,
     as_special_label,
     check_tensors,
+    check_weight,
 )
 from oe_ext._stats import LossScores, LossStats, alpha_as_tensor, loss_with_stats
+from oe_ext._sums import sum_from_axis
+from oe_ext.reference import inliers_and_outliers, weights_of_inliers
 
-__all__ = ["LossScores", "LossStats", "outlier_exposure_loss"]
+__all__ = ["LossScores", "LossStats", "count_labels", "outlier_exposure_loss"]
 
-_LOSS = torch.ops.oe_ext.outlier_exposure_loss
+# With an alpha that is a number, or a tensor.
+_LOSS = torch.ops.oe_ext.outlier_exposure_loss.default
+_LOSS_OF_TENSOR = torch.ops.oe_ext.outlier_exposure_loss.tensor_alpha
+_FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward.default
 # Types of logits that are tensors, and not a DTensor.
 _LOCAL_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -40,6 +50,9 @@ def outlier_exposure_loss(
     alpha: float | Tensor = ...,
     reduction: str | None = ...,
     *,
+    weight: Tensor | None = ...,
+    label_smoothing: float = ...,
+    counts: Counts | None = ...,
     ignore_index: int | None = ...,
     ood_index: int | None = ...,
     process_group: ProcessGroup | str | None = ...,
@@ -55,6 +68,9 @@ def outlier_exposure_loss(
     alpha: float | Tensor = ...,
     reduction: str | None = ...,
     *,
+    weight: Tensor | None = ...,
+    label_smoothing: float = ...,
+    counts: Counts | None = ...,
     ignore_index: int | None = ...,
     ood_index: int | None = ...,
     process_group: None = ...,
@@ -70,6 +86,9 @@ def outlier_exposure_loss(
     alpha: float | Tensor = ...,
     reduction: str | None = ...,
     *,
+    weight: Tensor | None = ...,
+    label_smoothing: float = ...,
+    counts: Counts | None = ...,
     ignore_index: int | None = ...,
     ood_index: int | None = ...,
     process_group: ProcessGroup | str | None = ...,
@@ -84,6 +103,9 @@ def outlier_exposure_loss(
     alpha: float | Tensor = 0.5,
     reduction: str | None = "mean",
     *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    counts: Counts | None = None,
     ignore_index: int | None = None,
     ood_index: int | None = None,
     process_group: ProcessGroup | str | None = None,
@@ -102,6 +124,9 @@ def outlier_exposure_loss(
                 & \text{if } y \text{ is the label of an outlier}
         \end{cases}
 
+    ``weight`` and ``label_smoothing`` change the inliers as in
+    :func:`torch.nn.functional.cross_entropy`, which is this loss where there are no outliers.
+
     Source: Hendrycks, Mazeika and Dietterich, "Deep Anomaly Detection with Outlier Exposure",
     ICLR 2019, https://arxiv.org/abs/1812.04606.
 
@@ -116,12 +141,26 @@ def outlier_exposure_loss(
             gradient. Use one for weights that a network computes, or that another term of the loss
             bounds. Without such a term, training drives a learnable alpha to minus infinity, since
             the loss grows with it.
+        weight: weights of the classes, shape ``[C]``, for the inliers of each class: a
+            floating-point tensor on the device of the logits, converted to the dtype of the loss;
+            finite and not negative, which only the CPU checks. Outliers have ``alpha``. Gets no
+            gradient.
+        label_smoothing: the part of an inlier's distribution that is uniform, in [0, 1] (Szegedy
+            et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016,
+            https://arxiv.org/abs/1512.00567). Together with ``weight``, which then weighs every
+            class of the uniform part as in torch, the loss on CUDA is composed of torch's
+            operators: several times slower, and with memory of the size of the logits.
+        counts: what ``"mean"`` (their sum) and ``"group_mean"`` divide by, instead of the counts of
+            this ``target``: a pair of numbers of inliers and of outliers, or a tensor of two on the
+            device of the logits. With a ``weight``, the first is the inliers' summed weight. So the
+            losses of several parts add up to the loss of all; :func:`oe_ext.count_labels` counts.
         reduction: ``"none"`` (or ``None``): the loss of each position, 0 for ignored ones.
             ``"sum"``. ``"mean"``: the sum divided by the number of positions that are not ignored,
             inliers and outliers together. ``"group_mean"``: the mean over the inliers plus the
-            (weighted) mean over the outliers, as in the paper; an empty group adds 0. If all
-            positions are ignored, each reduction is 0. If there are no positions at all,
-            ``"mean"`` is NaN, as in torch.
+            (weighted) mean over the outliers, as in the paper; an empty group adds 0. With a
+            ``weight``, both divide by the inliers' summed weights instead of their number. A mean
+            is 0 if it would divide by 0: all positions are ignored, or those that are not have a
+            weight of 0. If there are no positions at all, ``"mean"`` is NaN, as in torch.
         ignore_index: positions with this label are ignored. It takes precedence over ``ood_index``
             and the classes. By default no position is ignored: -100 is the label of an outlier,
             like any negative number.
@@ -132,7 +171,7 @@ def outlier_exposure_loss(
             ``"group_mean"`` then divide by the positions of all parts. The average of the
             processes' losses is the loss of the whole batch, and likewise for the gradients, which
             :class:`~torch.nn.parallel.DistributedDataParallel` averages. This holds even if the
-            parts contain different numbers of inliers and outliers. Three integers are sent.
+            parts contain different numbers of inliers and outliers. Three numbers are sent.
         return_stats: also return :class:`LossStats`: the mean losses, the counts and the accuracy,
             from the same pass and without a synchronisation.
         return_scores: also return :class:`LossScores`: the maximum softmax probability (low for
@@ -147,10 +186,13 @@ def outlier_exposure_loss(
         requested statistics.
 
     Raises:
-        ValueError: an unsupported rank, shape or reduction, no class at all, or an ``alpha`` that
-            is not finite (``torch.compile`` accepts such a number).
+        ValueError: an unsupported rank, shape or reduction, no class at all, an ``alpha`` that is
+            not finite (``torch.compile`` accepts such a number), a ``weight`` that is negative or
+            not finite (on the CPU), a ``label_smoothing`` outside [0, 1], or ``counts`` for a
+            reduction that divides by none, or together with ``process_group``.
         TypeError: an unsupported dtype, such as that of soft labels; a missing tensor; a special
             label that is not an integer (False is not one).
+        NotImplementedError: a ``weight`` or ``counts`` that require a gradient.
         IndexError: on the CPU, a label that is neither a class nor a special label. On CUDA a
             device-side assert stops the kernel, as with
             :func:`torch.nn.functional.cross_entropy`.
@@ -161,9 +203,20 @@ def outlier_exposure_loss(
         ignore_index = as_special_label("ignore_index", ignore_index)
     if ood_index is not None and type(ood_index) is not int:
         ood_index = as_special_label("ood_index", ood_index)
+    is_plain = weight is None and counts is None and label_smoothing == 0.0
+    if not is_plain:
+        check_weight(weight)
+        label_smoothing = as_label_smoothing(label_smoothing)
     is_local = type(logits) in _LOCAL_TYPES
     if not is_local or type(target) is not Tensor:
         check_tensors(logits, target)
+    if counts is not None:
+        if process_group is not None:
+            raise ValueError(
+                "outlier_exposure_loss: the processes of a process_group find their own counts; "
+                "give one of the two"
+            )
+        counts = as_counts(counts, logits)
     if process_group is not None:
         process_group = as_group(process_group)
     if process_group is not None or (not is_local and _is_dtensor(logits)):
@@ -180,21 +233,93 @@ def outlier_exposure_loss(
             alpha,
             reduction,
             process_group,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            counts=counts,
             ignore_index=ignore_index,
             ood_index=ood_index,
         )
     if return_stats or return_scores:
         return loss_with_stats(
-            logits, target, alpha, reduction, return_stats, return_scores, ignore_index, ood_index
+            logits,
+            target,
+            alpha,
+            reduction,
+            return_stats,
+            return_scores,
+            ignore_index,
+            ood_index,
+            weight,
+            label_smoothing,
+            counts,
         )
-    operator = _LOSS.default
-    if isinstance(alpha, TENSORS):
-        operator = _LOSS.tensor_alpha
-    elif is_dynamo_compiling():
-        operator, alpha = _LOSS.tensor_alpha, alpha_as_tensor(alpha, logits)
+    operator = _LOSS
+    if is_dynamo_compiling() and not isinstance(alpha, TENSORS):
+        operator, alpha = _LOSS_OF_TENSOR, alpha_as_tensor(alpha, logits)
     elif type(alpha) is not float:
-        alpha = as_number(alpha)
-    loss: Tensor = operator(
-        logits, target, alpha, reduction, ignore_index=ignore_index, ood_index=ood_index
-    )
+        if isinstance(alpha, TENSORS):
+            operator = _LOSS_OF_TENSOR
+        else:
+            alpha = as_number(alpha)
+    loss: Tensor
+    # Every argument takes time, also one with the value of a default.
+    if is_plain and ignore_index is None and ood_index is None:
+        loss = operator(logits, target, alpha, reduction)
+    elif is_plain:
+        loss = operator(
+            logits, target, alpha, reduction, ignore_index=ignore_index, ood_index=ood_index
+        )
+    elif counts is not None:
+        number, tensor = (0.0, alpha) if operator is _LOSS_OF_TENSOR else (alpha, None)
+        loss, *_ = _FORWARD(
+            logits,
+            target,
+            number,
+            tensor,
+            reduction,
+            ignore_index,
+            ood_index,
+            counts=counts,
+            weight=weight,
+            label_smoothing=label_smoothing,
+        )
+    else:
+        loss = operator(
+            logits,
+            target,
+            alpha,
+            reduction,
+            ignore_index=ignore_index,
+            ood_index=ood_index,
+            weight=weight,
+            label_smoothing=label_smoothing,
+        )
     return loss
+
+
+def count_labels(
+    targets: Tensor | Iterable[Tensor],
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    ood_index: int | None = None,
+) -> Tensor:
+    """The ``counts`` of :func:`outlier_exposure_loss` for a batch that comes in parts.
+
+    Args:
+        targets: the labels of all parts, of any shape.
+        weight, ignore_index, ood_index: as for :func:`outlier_exposure_loss`.
+
+    Returns:
+        The number of inliers, or their summed weights, and the number of outliers, as a float64
+        tensor of two elements on the device of the (first) target. The device is not waited for.
+    """
+    check_weight(weight, "count_labels")
+    parts = [targets] if isinstance(targets, Tensor) else list(targets)
+    device = parts[0].device if parts else None
+    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    for target in parts:
+        inlier, outlier = inliers_and_outliers(target, ignore_index, ood_index)
+        of_inliers = sum_from_axis(weights_of_inliers(target, inlier, weight))
+        counts += torch.stack([of_inliers, outlier.sum().double()])
+    return counts

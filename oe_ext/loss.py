@@ -10,12 +10,15 @@ from torch import Tensor
 
 from oe_ext._checks import (
     WORLD,
+    Counts,
     ProcessGroup,
     as_group,
+    as_label_smoothing,
     as_reduction,
     as_special_label,
     check_alpha,
     check_group,
+    check_weight,
 )
 from oe_ext._reductions import find_reduction
 from oe_ext.functional import LossScores, LossStats, outlier_exposure_loss
@@ -38,6 +41,9 @@ class OutlierExposureLoss(torch.nn.Module):
             learned; another tensor becomes a buffer. A new value of any of these kinds may be
             assigned later.
         reduction: ``"none"`` or ``None``, ``"sum"``, ``"mean"`` or ``"group_mean"``.
+        weight: weights of the classes, ``[C]``, a buffer as in :class:`torch.nn.CrossEntropyLoss`:
+            it moves with the module and is part of its ``state_dict``.
+        label_smoothing: the part of an inlier's distribution that is uniform, in [0, 1].
         ignore_index: positions with this label are ignored. By default none are.
         ood_index: the label of outliers, instead of the negative numbers.
         process_group: the processes that share a batch, for the global means. ``"world"`` means
@@ -49,18 +55,22 @@ class OutlierExposureLoss(torch.nn.Module):
         return_scores: the module also returns :class:`oe_ext.LossScores`.
 
     Raises:
-        ValueError: an unknown reduction or process_group name, or an alpha that is not finite.
-        TypeError: an alpha that is neither a number nor a floating-point tensor, or a special label
-            that is not an integer.
+        ValueError: an unknown reduction or process_group name, an alpha that is not finite, a
+            weight that is not one-dimensional, or a label_smoothing outside [0, 1].
+        TypeError: an alpha that is neither a number nor a floating-point tensor, a weight that is
+            not a floating-point tensor, or a special label that is not an integer.
     """
 
     alpha: float | Tensor
+    weight: Tensor | None
 
     def __init__(
         self,
         alpha: float | Tensor = 0.5,
         reduction: str | None = "mean",
         *,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
         ignore_index: int | None = None,
         ood_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
@@ -71,6 +81,9 @@ class OutlierExposureLoss(torch.nn.Module):
         find_reduction(as_reduction(reduction, _NAME), _NAME)
         self.alpha = alpha
         self.reduction = reduction
+        check_weight(weight, _NAME)
+        self.register_buffer("weight", weight)
+        self.label_smoothing = as_label_smoothing(label_smoothing, _NAME)
         self.ignore_index = as_special_label("ignore_index", ignore_index, _NAME)
         self.ood_index = as_special_label("ood_index", ood_index, _NAME)
         self.process_group = process_group
@@ -78,15 +91,18 @@ class OutlierExposureLoss(torch.nn.Module):
         self.return_scores = return_scores
 
     def forward(
-        self, logits: Tensor, target: Tensor
+        self, logits: Tensor, target: Tensor, *, counts: Counts | None = None
     ) -> Tensor | tuple[Tensor | LossStats | LossScores, ...]:
         """The loss of ``logits`` ``[N, C, ...]`` for the labels ``target`` ``[N, ...]``, with the
-        requested statistics."""
+        requested statistics. ``counts`` replace those of this target in a mean."""
         return outlier_exposure_loss(
             logits,
             target,
             self.alpha,
             self.reduction,
+            weight=self.weight,
+            label_smoothing=self.label_smoothing,
+            counts=counts,
             ignore_index=self.ignore_index,
             ood_index=self.ood_index,
             process_group=self.process_group,
@@ -156,7 +172,12 @@ class OutlierExposureLoss(torch.nn.Module):
 
     def _switches(self) -> list[str]:
         """The settings that repr shows only if they are set."""
-        switches = [f"{n}=True" for n in ("return_stats", "return_scores") if getattr(self, n)]
+        switches = []
+        if self.weight is not None:
+            switches.append(f"weight=<of {len(self.weight)} classes>")
+        if self.label_smoothing != 0:
+            switches.append(f"label_smoothing={self.label_smoothing:g}")
+        switches += [f"{n}=True" for n in ("return_stats", "return_scores") if getattr(self, n)]
         group = self.process_group
         if group is not None:
             name = f" ({WORLD!r})" if self._process_group == WORLD else ""

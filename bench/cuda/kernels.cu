@@ -26,15 +26,12 @@ OE_EXT_INSTANTIATE_DTYPE(float, float);
 OE_EXT_INSTANTIATE_DTYPE(c10::Half, float);
 OE_EXT_INSTANTIATE_DTYPE(c10::BFloat16, float);
 
-template __global__ void outlier_exposure_write_loss_kernel<double>(LossOutput<double>, DivisorRule,
-                                                                    const double*, int64_t,
-                                                                    Partials);
-template __global__ void outlier_exposure_write_loss_kernel<float>(LossOutput<float>, DivisorRule,
-                                                                   const double*, int64_t,
-                                                                   Partials);
-
-// Not a template: taking its address keeps it.
-const void* const count_rows_kernel =
-    reinterpret_cast<const void*>(outlier_exposure_count_rows_kernel);
+#define OE_EXT_INSTANTIATE_ACC(acc_t)                                                             \
+  template __global__ void outlier_exposure_count_rows_kernel<acc_t>(Labels, ClassWeights<acc_t>, \
+                                                                     int64_t, GroupCounts*);      \
+  template __global__ void outlier_exposure_write_loss_kernel<acc_t>(                             \
+      LossOutput<acc_t>, DivisorRule, const double*, int64_t, Partials)
+OE_EXT_INSTANTIATE_ACC(double);
+OE_EXT_INSTANTIATE_ACC(float);
 
 }  // namespace oe_ext::cuda

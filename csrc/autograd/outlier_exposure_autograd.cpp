@@ -33,6 +33,7 @@ bool wants_unit_gradient(const LossInputs& inputs) {
          inputs.options.reduction.is_scalar && inputs.logits.scalar_type() != at::kHalf &&
          is_plain(inputs.logits) && is_plain(inputs.target) &&
          (!inputs.alpha_tensor.has_value() || is_plain(*inputs.alpha_tensor)) &&
+         (!inputs.weight.has_value() || is_plain(*inputs.weight)) &&
          !at::SavedTensorDefaultHooks::get_hooks().has_value();
 }
 
@@ -47,13 +48,22 @@ at::Tensor readable_logits(const at::Tensor& logits) {
              : logits.contiguous(logits.suggest_memory_format());
 }
 
+void check_no_gradient(const OptionalTensor& tensor, const char* name) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !torch::autograd::compute_requires_grad(tensor) && !any_tangent(tensor),
+      "outlier_exposure_loss: the loss has no derivative with respect to ", name,
+      ", which must not require a gradient; ", name, ".detach() does not");
+}
+
 struct AutogradKernels {
   static at::Tensor loss(const LossInputs& inputs) {
+    check_no_gradient(inputs.weight, "weight");
     if (torch::autograd::compute_requires_grad(inputs.logits, inputs.alpha_tensor) ||
         any_tangent(inputs.logits, inputs.alpha_tensor)) {
       const at::Tensor logits = readable_logits(inputs.logits);
       return std::get<0>(differentiable_forward(
-          {logits, inputs.target, inputs.alpha_tensor, inputs.options}, {}, std::nullopt));
+          {logits, inputs.target, inputs.alpha_tensor, inputs.weight, inputs.options}, {},
+          std::nullopt));
     }
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_loss(inputs);
@@ -61,6 +71,8 @@ struct AutogradKernels {
 
   static ForwardResult forward(const LossInputs& inputs, const OptionalTensor& counts,
                                std::optional<bool> unit_gradient) {
+    check_no_gradient(inputs.weight, "weight");
+    check_no_gradient(counts, "counts");
     ForwardResult result = differentiable_forward(inputs, counts, unit_gradient);
     at::Tensor& gradient = std::get<5>(result);
     // The node alone has a gradient that nobody asked for: it finishes it in place only if no one
@@ -73,6 +85,7 @@ struct AutogradKernels {
 
   static at::Tensor backward(const at::Tensor& grad, const LossInputs& inputs,
                              const RowStatistics& statistics) {
+    check_no_gradient(inputs.weight, "weight");
     NodePtr<OutlierExposureLossBackwardBackward0> node;
     if (torch::autograd::compute_requires_grad(grad, inputs.logits, inputs.alpha_tensor)) {
       node = make_node<OutlierExposureLossBackwardBackward0>();

@@ -17,6 +17,7 @@ void LossNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) co
   args.collect(std::string(options_.reduction.name));
   args.collect(options_.ignore_index);
   args.collect(options_.ood_index);
+  args.collect(options_.label_smoothing);
 }
 
 variable_list LossNode::apply_with_saved(const variable_list& inputs,

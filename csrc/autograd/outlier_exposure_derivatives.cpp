@@ -2,6 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/log_softmax.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/softmax.h>
@@ -30,8 +31,7 @@ at::Tensor with_classes_last(const at::Tensor& like_logits) {
 }
 
 // 1 / divisor of a group, with one axis for each axis of the target: vmap reads the first sample of
-// 0-dim tensors, and a batch may be empty. An empty group's divisor becomes 1: it divides nothing,
-// but must not be 0.
+// 0-dim tensors, and a batch may be empty. Counts of 0 give 0, see Divisor.
 at::Tensor group_scale(const Divisor& divisor, const at::Tensor& counts, const at::Tensor& one,
                        int64_t num_axes) {
   if (!divisor.counts()) {
@@ -41,7 +41,11 @@ at::Tensor group_scale(const Divisor& divisor, const at::Tensor& counts, const a
                                  ? counts.sum()
                                  : counts.select(0, divisor.by_inliers ? 0 : 1);
   const std::vector<int64_t> ones(num_axes, 1);
-  return members.masked_fill(members.eq(0), 1).to(one.scalar_type()).reciprocal().reshape(ones);
+  const double infinity = std::numeric_limits<double>::infinity();
+  return members.masked_fill(members.eq(0), infinity)
+      .to(one.scalar_type())
+      .reciprocal()
+      .reshape(ones);
 }
 
 at::Tensor with_classes_second(const at::Tensor& values) { return values.movedim(-1, kClassAxis); }
@@ -49,7 +53,7 @@ at::Tensor with_classes_second(const at::Tensor& values) { return values.movedim
 }  // namespace
 
 RowScales::RowScales(const LossInputs& inputs, const at::Tensor& counts) {
-  const auto& [logits, target, alpha_tensor, options] = inputs;
+  const auto& [logits, target, alpha_tensor, weight, options] = inputs;
   const at::ScalarType dtype = loss_dtype(logits);
   is_scalar_ = options.reduction.is_scalar;
 
@@ -99,7 +103,8 @@ at::Tensor RowScales::outlier_cross_entropy(const at::Tensor& logits) const {
   const at::Tensor seen = has_silent ? outlier_.logical_and(silent_rows.logical_not()) : outlier_;
   const at::Tensor labels = at::zeros_like(label_).masked_fill(seen, kOutlier);
   const LossOptions of_each_row = {/*alpha=*/1.0, parse_reduction("none"), kIgnored, kOutlier};
-  const at::Tensor cross_entropy = call_loss({logits, labels, std::nullopt, of_each_row});
+  const at::Tensor cross_entropy =
+      call_loss({logits, labels, std::nullopt, std::nullopt, of_each_row});
   return has_silent
              ? cross_entropy.masked_fill(silent_rows, std::numeric_limits<double>::quiet_NaN())
              : cross_entropy;
@@ -107,21 +112,32 @@ at::Tensor RowScales::outlier_cross_entropy(const at::Tensor& logits) const {
 
 RowDerivatives::RowDerivatives(const LossInputs& inputs, const at::Tensor& counts)
     : RowScales(inputs, counts) {
-  const auto& [logits, target, alpha_tensor, options] = inputs;
+  const auto& [logits, target, alpha_tensor, weight, options] = inputs;
   counted_ = inlier_;
   if (alpha_tensor.has_value()) {
     counted_ = inlier_.logical_or(outlier_).logical_and(silent(logits).logical_not());
   } else if (options.alpha != 0) {
     counted_ = inlier_.logical_or(outlier_);
   }
-  const at::Tensor x = part_of(logits);
-  softmax_ = at::softmax(x, -1);
+  x_ = part_of(logits);
+  softmax_ = at::softmax(x_, -1);
   const at::Tensor classes =
       at::arange(logits.sym_size(kClassAxis), logits.options().dtype(at::kLong));
-  const at::Tensor one_hot = classes.eq(label_.unsqueeze(-1)).to(x.scalar_type());
-  const at::Tensor uniform = at::ones({}, x.options()) / logits.sym_size(kClassAxis);
-  const at::Tensor q = at::where(outlier_.unsqueeze(-1), uniform, one_hot);
-  residual_ = softmax_ - q;
+  const at::Tensor uniform = at::ones({}, x_.options()) / logits.sym_size(kClassAxis);
+  at::Tensor of_inlier = classes.eq(label_.unsqueeze(-1)).to(x_.scalar_type());
+  if (options.label_smoothing != 0) {
+    of_inlier = of_inlier * (1 - options.label_smoothing) + uniform * options.label_smoothing;
+  }
+  if (weight.has_value()) {
+    of_inlier = of_inlier * weight->to(x_.scalar_type());
+    k_ = sum_from_axis(of_inlier, label_.dim()).masked_fill(outlier_, 1).unsqueeze(-1);
+  }
+  q_ = at::where(outlier_.unsqueeze(-1), uniform, of_inlier);
+  residual_ = times_k(softmax_) - q_;
+}
+
+at::Tensor RowDerivatives::times_k(const at::Tensor& values) const {
+  return k_.defined() ? values * k_ : values;
 }
 
 at::Tensor RowDerivatives::part_of(const at::Tensor& like_logits) const {
@@ -131,6 +147,20 @@ at::Tensor RowDerivatives::part_of(const at::Tensor& like_logits) const {
 
 at::Tensor RowDerivatives::of_rows(const at::Tensor& values) const {
   return where_or_zero(counted_, repeat_like(values, counted_));
+}
+
+at::Tensor RowDerivatives::cross_entropy() const {
+  return sum_from_axis(q_ * at::log_softmax(x_, -1), label_.dim()).neg();
+}
+
+at::Tensor RowDerivatives::loss() const {
+  const at::Tensor weightless = outlier_.logical_and(scale.eq(0));
+  const at::Tensor active = counted_.logical_and(weightless.logical_not());
+  return where_or_zero(active, scale * cross_entropy());
+}
+
+at::Tensor RowDerivatives::inlier_cross_entropy_or(const at::Tensor& others) const {
+  return at::where(inlier_, cross_entropy(), others);
 }
 
 at::Tensor RowDerivatives::cross_entropy_along(const at::Tensor& v) const {
@@ -150,7 +180,7 @@ at::Tensor RowDerivatives::times_softmax_along(const at::Tensor& factor,
                                                const at::Tensor& v) const {
   const at::Tensor direction = part_of(v);
   const at::Tensor mean = sum_from_axis(softmax_ * direction, label_.dim()).unsqueeze(-1);
-  return with_classes_second(factor.unsqueeze(-1) * softmax_ * (direction - mean));
+  return with_classes_second(times_k(factor.unsqueeze(-1) * softmax_) * (direction - mean));
 }
 
 }  // namespace oe_ext

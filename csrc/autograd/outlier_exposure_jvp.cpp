@@ -11,19 +11,21 @@ OptionalTensor primal_of(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(primal_of(*tensor)) : std::nullopt;
 }
 
-// The inputs without their tangents.
+// The inputs without their tangents; a weight has none.
 struct Primals {
   explicit Primals(const LossInputs& from)
       : logits(primal_of(from.logits)),
         alpha(primal_of(from.alpha_tensor)),
         target(from.target),
+        weight(from.weight),
         options(from.options) {}
 
-  LossInputs inputs() const { return {logits, target, alpha, options}; }
+  LossInputs inputs() const { return {logits, target, alpha, weight, options}; }
 
   at::Tensor logits;
   OptionalTensor alpha;
   const at::Tensor& target;
+  const OptionalTensor& weight;
   const LossOptions& options;
 };
 

@@ -32,13 +32,19 @@ void LossNode::save_inputs(const LossInputs& inputs, const at::Tensor& counts) {
   saved_[kLogits] = save(inputs.logits);
   saved_[kTarget] = save(inputs.target);
   saved_[kCounts] = save(counts);
-  saved_[kAlpha] = save(inputs.alpha_tensor);
+  // A slot that holds nothing costs less if it is left alone.
+  if (inputs.alpha_tensor.has_value()) {
+    saved_[kAlpha] = save(inputs.alpha_tensor);
+  }
+  if (inputs.weight.has_value()) {
+    saved_[kWeight] = save(inputs.weight);
+  }
   options_ = inputs.options;
 }
 
-OptionalTensor LossNode::unpack_alpha() const {
-  const at::Tensor alpha = saved_[kAlpha].unpack();
-  return alpha.defined() ? OptionalTensor(alpha) : std::nullopt;
+OptionalTensor LossNode::unpack(Slot slot) const {
+  const at::Tensor tensor = saved_[slot].unpack();
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
 void LossNode::release_variables() {
@@ -93,8 +99,9 @@ variable_list OutlierExposureLossBackward0::apply(variable_list&& grads) {
   const at::Tensor logits = saved_[kLogits].unpack();
   const at::Tensor target = saved_[kTarget].unpack();
   const at::Tensor counts = saved_[kCounts].unpack();
-  const OptionalTensor alpha = unpack_alpha();
-  const LossInputs inputs = {logits, target, alpha, options_};
+  const OptionalTensor alpha = unpack(kAlpha);
+  const OptionalTensor weight = unpack(kWeight);
+  const LossInputs inputs = {logits, target, alpha, weight, options_};
   if (task_should_compute_output(0)) {
     result[0] = logits_gradient(grad, inputs, counts);
   }
@@ -124,8 +131,9 @@ variable_list OutlierExposureLossBackwardBackward0::apply(variable_list&& grads)
   const at::Tensor logits = saved_[kLogits].unpack();
   const at::Tensor target = saved_[kTarget].unpack();
   const at::Tensor grad = saved_[kGrad].unpack();
-  const OptionalTensor alpha = unpack_alpha();
-  const RowDerivatives rows({logits, target, alpha, options_}, saved_[kCounts].unpack());
+  const OptionalTensor alpha = unpack(kAlpha);
+  const OptionalTensor weight = unpack(kWeight);
+  const RowDerivatives rows({logits, target, alpha, weight, options_}, saved_[kCounts].unpack());
   if (task_should_compute_output(0)) {
     result[0] = rows.reduce(rows.scale * rows.cross_entropy_along(direction));
   }

@@ -25,12 +25,12 @@ struct LossNode : torch::autograd::Node {
       torch::dynamo::autograd::SwapSavedVariables& saved) override;
 
  protected:
-  OptionalTensor unpack_alpha() const;
-
   // All saved tensors are in one array, so that loops over it miss none.
-  enum Slot { kLogits, kTarget, kCounts, kAlpha, kFirstOwn, kNumSlots = kFirstOwn + 3 };
+  enum Slot { kLogits, kTarget, kCounts, kAlpha, kWeight, kFirstOwn, kNumSlots = kFirstOwn + 3 };
   std::array<torch::autograd::SavedVariable, kNumSlots> saved_;
   LossOptions options_;
+
+  OptionalTensor unpack(Slot slot) const;  // of a tensor that may be missing
 };
 
 // The backward of the loss. Next edges: logits, alpha.

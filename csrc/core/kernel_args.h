@@ -57,20 +57,29 @@ struct Alpha {
   }
 };
 
+// The weights of the classes, for inliers; 1 without any.
+template <typename acc_t>
+struct ClassWeights {
+  const acc_t* data = nullptr;  // [num_classes]
+
+  C10_HOST_DEVICE acc_t operator[](int64_t cls) const { return data != nullptr ? data[cls] : 1; }
+};
+
 // Where the kernels write a reduced loss; null without a reduction.
 template <typename acc_t>
 struct LossOutput {
   acc_t* loss = nullptr;     // one element
-  double* counts = nullptr;  // inliers, outliers: the counts that a mean divides by
+  double* counts = nullptr;  // of GroupCounts: what a mean divides by
 
   // `given`: the counts to divide by; null for the counts of the num_rows rows in `sums`.
   C10_HOST_DEVICE void write(const GroupSums& sums, const DivisorRule& rule, const double* given,
                              int64_t num_rows) const {
-    counts[0] = given != nullptr ? given[0] : static_cast<double>(sums.counts.inliers);
-    counts[1] = given != nullptr ? given[1] : static_cast<double>(sums.counts.outliers);
+    const GroupCounts used = given != nullptr ? GroupCounts{given[0], given[1]} : sums.counts;
+    counts[0] = used.inliers;
+    counts[1] = used.outliers;
     const bool is_nan = given == nullptr && num_rows == 0 && rule.empty_is_nan;
     *loss = is_nan ? std::numeric_limits<acc_t>::quiet_NaN()
-                   : static_cast<acc_t>(sums.divided_by(rule(counts[0], counts[1])));
+                   : static_cast<acc_t>(sums.divided_by(rule(used)));
   }
 };
 
@@ -81,9 +90,15 @@ struct RowArgs {
   const scalar_t* logits = nullptr;
   Labels labels;
   Alpha<acc_t> alpha;
+  ClassWeights<acc_t> class_weights;
+  acc_t label_smoothing = 0;
+  // Only on the CPU: what the classes get of an inlier's smoothing, [num_classes] with a mean of 1.
+  // Null: all the same.
+  const acc_t* class_spread = nullptr;
+  SpreadSmoothing<acc_t> spread_smoothing;
   DivisorRule divisor_rule;
-  // Inliers, outliers: the counts that a mean divides by. Null: no division, or (forward) the
-  // counts of the rows here.
+  // Of GroupCounts: what a mean divides by. Null: no division, or (forward) the counts of the rows
+  // here.
   const double* counts = nullptr;
   // The gradient to write, or null. The forward writes it for an upstream gradient of 1.
   RowLayout grad_layout;  // same num_outer and num_inner as layout
@@ -93,15 +108,17 @@ struct RowArgs {
   C10_HOST_DEVICE acc_t num_classes() const { return static_cast<acc_t>(labels.rule.num_classes); }
 
   C10_HOST_DEVICE GroupDivisors divisors() const {
-    return counts != nullptr ? divisor_rule(counts[0], counts[1]) : GroupDivisors{1, 1};
+    return counts != nullptr ? divisor_rule({counts[0], counts[1]}) : GroupDivisors{1, 1};
   }
 
-  C10_HOST_DEVICE RowCoefficients<acc_t> coefficients(int64_t row, RowKind kind) const {
+  C10_HOST_DEVICE RowCoefficients<acc_t> coefficients(int64_t row, int64_t label,
+                                                      RowKind kind) const {
     const bool inlier = kind == RowKind::kInlier;
     const bool outlier = kind == RowKind::kOutlier;
-    const acc_t weight =
-        RowCoefficients<acc_t>::weight_of(inlier, outlier, outlier ? alpha[row] : acc_t(0));
-    return RowCoefficients<acc_t>::of_row(inlier, outlier, weight);
+    const acc_t weight = RowCoefficients<acc_t>::weight_of(
+        inlier, outlier, inlier ? class_weights[label] : acc_t(0), outlier ? alpha[row] : acc_t(0));
+    return RowCoefficients<acc_t>::of_row(inlier, outlier, weight,
+                                          Smoothed<acc_t>::by(label_smoothing));
   }
 
   // The class of a row's label, counted among those here, or -1.
@@ -115,7 +132,7 @@ struct RowArgs {
                                                   RowKind kind, acc_t max, acc_t sum_exp,
                                                   acc_t upstream,
                                                   const GroupDivisors& divisors) const {
-    if (row.weight == acc_t(0)) {
+    if (!row.counts) {
       return RowGradient<acc_t>();
     }
     const auto divisor =
@@ -131,26 +148,28 @@ template <typename scalar_t, typename acc_t>
 struct ForwardArgs : RowArgs<scalar_t, acc_t> {
   // Outputs per row, [num_rows] each.
   acc_t* row_loss = nullptr;           // the weighted loss, if it is not reduced; else null
-  acc_t* row_cross_entropy = nullptr;  // the unweighted loss; or null
+  acc_t* row_cross_entropy = nullptr;  // the loss for an alpha of 1; or null
   acc_t* row_max = nullptr;            // for the backward; or null
   acc_t* row_sum_exp = nullptr;        // for the backward; or null
   LossOutput<acc_t> output;
 
-  // Must the rows be counted before the first gradient can be written?
+  // Must the rows be counted before the first gradient can be written? With class weights also
+  // without a gradient: the bits of their sum depend on its order.
   C10_HOST_DEVICE bool needs_counts_first() const {
-    return this->grad_logits != nullptr && this->counts == nullptr && this->divisor_rule.counts();
+    return (this->grad_logits != nullptr || this->class_weights.data != nullptr) &&
+           this->counts == nullptr && this->divisor_rule.counts();
   }
 
   // Does any output depend on the logits of this row?
   C10_HOST_DEVICE bool is_active(const RowCoefficients<acc_t>& row, RowKind kind) const {
-    return row.weight != acc_t(0) || (row_cross_entropy != nullptr && kind == RowKind::kOutlier);
+    return row.counts || (row_cross_entropy != nullptr && kind == RowKind::kOutlier);
   }
 
   // Writes the outputs of one row and returns its weighted loss, which is 0 if the row does not
   // count. `stats` may be empty for an inactive row. label_shifted is the logit at the label minus
   // the maximum; 0 if the label is not here.
   C10_HOST_DEVICE acc_t write_row(int64_t row, const RowCoefficients<acc_t>& coefficients,
-                                  bool active, const RowStats<acc_t>& stats,
+                                  RowKind kind, bool active, const RowStats<acc_t>& stats,
                                   acc_t label_shifted) const {
     const auto [cross_entropy, loss] = RowLoss<acc_t>::of_row(
         coefficients, stats.log_sum(), label_shifted, stats.sum_shifted / this->num_classes());
@@ -158,7 +177,7 @@ struct ForwardArgs : RowArgs<scalar_t, acc_t> {
       row_loss[row] = loss;
     }
     if (row_cross_entropy != nullptr) {
-      row_cross_entropy[row] = active ? cross_entropy : acc_t(0);
+      row_cross_entropy[row] = kind == RowKind::kOutlier ? cross_entropy : loss;
     }
     if (row_max != nullptr) {
       row_max[row] = active ? stats.max : acc_t(0);

@@ -9,14 +9,15 @@
 
 namespace oe_ext {
 
-// The number of inliers and of outliers. Ignored positions do not count.
+// The sum of the inliers' class weights (without any, their number), and the number of outliers.
+// Ignored positions do not count.
 struct GroupCounts {
-  int64_t inliers = 0;
-  int64_t outliers = 0;
+  double inliers = 0;
+  double outliers = 0;
 
-  C10_HOST_DEVICE void add(RowKind kind) {
-    inliers += kind == RowKind::kInlier;
-    outliers += kind == RowKind::kOutlier;
+  C10_HOST_DEVICE void add(RowKind kind, double class_weight) {
+    inliers += kind == RowKind::kInlier ? class_weight : 0.0;
+    outliers += kind == RowKind::kOutlier ? 1.0 : 0.0;
   }
 
   C10_HOST_DEVICE void merge(const GroupCounts& other) {
@@ -31,17 +32,20 @@ struct GroupDivisors {
   double outliers = 1;
 };
 
-// A sum of losses is divided by the members of these groups. Without groups, or without members, it
-// stays a sum.
+// A sum of losses is divided by the counts of these groups; without groups it stays a sum. Counts
+// of 0 make it 0: nothing is there, or all of it has a class weight of 0.
 struct Divisor {
   bool by_inliers = false;
   bool by_outliers = false;
 
   constexpr C10_HOST_DEVICE bool counts() const { return by_inliers || by_outliers; }
 
-  C10_HOST_DEVICE double operator()(double num_inliers, double num_outliers) const {
-    const double members = (by_inliers ? num_inliers : 0) + (by_outliers ? num_outliers : 0);
-    return members != 0 ? members : 1;
+  C10_HOST_DEVICE double operator()(const GroupCounts& group) const {
+    if (!counts()) {
+      return 1;
+    }
+    const double members = (by_inliers ? group.inliers : 0) + (by_outliers ? group.outliers : 0);
+    return members != 0 ? members : std::numeric_limits<double>::infinity();
   }
 };
 
@@ -52,9 +56,9 @@ struct DivisorRule {
 
   constexpr C10_HOST_DEVICE bool counts() const { return inliers.counts() || outliers.counts(); }
 
-  // The counts may be fractions: averages over processes.
-  C10_HOST_DEVICE GroupDivisors operator()(double num_inliers, double num_outliers) const {
-    return {inliers(num_inliers, num_outliers), outliers(num_inliers, num_outliers)};
+  // The counts may be fractions: sums of weights, averages over processes.
+  C10_HOST_DEVICE GroupDivisors operator()(const GroupCounts& counts) const {
+    return {inliers(counts), outliers(counts)};
   }
 };
 
@@ -92,10 +96,11 @@ struct GroupSums {
   double outliers = 0;
   GroupCounts counts;
 
-  C10_HOST_DEVICE void add(RowKind kind, double loss) {
+  // weight: of the row.
+  C10_HOST_DEVICE void add(RowKind kind, double weight, double loss) {
     inliers += kind == RowKind::kInlier ? loss : 0.0;
     outliers += kind == RowKind::kOutlier ? loss : 0.0;
-    counts.add(kind);
+    counts.add(kind, weight);
   }
 
   C10_HOST_DEVICE void merge(const GroupSums& other) {

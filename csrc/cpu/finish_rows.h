@@ -25,17 +25,41 @@ void skip_labels_elsewhere(int64_t num_classes, TileRows<acc_t>& rows) {
   }
 }
 
+// Calls use(smoothed), a function that gives the Smoothed of row i.
+template <typename Args, typename acc_t, typename Use>
+OE_EXT_INLINE void with_smoothing(const Args& args, const TileRows<acc_t>& rows, const Use& use) {
+  if (args.class_spread != nullptr) {
+    use([&rows, spread = args.spread_smoothing](int64_t i) {
+      return spread.of_inlier(rows.at_classes[i], rows.weight[i]);
+    });
+  } else {
+    use([same = Smoothed<acc_t>::by(args.label_smoothing)](int64_t) { return same; });
+  }
+}
+
 // Sets the coefficients of a row's gradient for a given upstream gradient.
 template <typename acc_t>
-OE_EXT_INLINE void set_gradient(TileRows<acc_t>& rows, int64_t i, acc_t upstream,
-                                acc_t inlier_divisor, acc_t outlier_divisor, acc_t num_classes) {
-  const auto row = rows.coefficients(i);
+OE_EXT_INLINE void set_gradient(TileRows<acc_t>& rows, int64_t i, Smoothed<acc_t> smoothed,
+                                acc_t upstream, acc_t inlier_divisor, acc_t outlier_divisor,
+                                acc_t num_classes) {
+  const auto row = rows.coefficients(i, smoothed);
   const acc_t divisor = select(rows.label[i] == kOutlier, outlier_divisor, inlier_divisor);
   const auto gradient = GradientCoefficients<acc_t>::of_row(
       row, rows.sum_exp[i], row.weight * upstream / divisor, num_classes);
   rows.factor[i] = gradient.factor;
   rows.offset[i] = gradient.offset;
   rows.at_label[i] = gradient.at_label;
+}
+
+// Moves the offsets of inliers to at_classes, where they are multiplied by the spread.
+template <typename Args, typename acc_t>
+void spread_offsets(const Args& args, TileRows<acc_t>& rows) {
+  for (int64_t i = 0; args.class_spread != nullptr && i < rows.padded; ++i) {
+    const bool inlier = rows.label[i] >= 0;
+    const acc_t uniform = args.spread_smoothing.of_inlier(0, rows.weight[i]).uniform;
+    rows.at_classes[i] = inlier ? uniform * rows.sum_exp[i] / args.num_classes() : acc_t(0);
+    rows.offset[i] = inlier ? acc_t(0) : rows.offset[i];
+  }
 }
 
 // Writes the outputs of the forward for each row, sums the losses, and sets the coefficients of the
@@ -51,15 +75,18 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const GroupDivisors& 
   if (args.labels.rule.num_classes > args.layout.num_classes) {
     skip_labels_elsewhere(args.layout.num_classes, rows);
   }
+  with_smoothing(args, rows, [&](auto smoothed) {
 #pragma omp simd
-  for (int64_t i = 0; i < rows.padded; ++i) {
-    const auto row_loss =
-        RowLoss<acc_t>::of_row(rows.coefficients(i), log_of(rows.sum_exp[i]),
-                               rows.at_label[i] - rows.max[i], rows.sum_shifted[i] / num_classes);
-    loss[i] = row_loss.loss;
-    cross_entropy[i] = row_loss.cross_entropy;
-    set_gradient(rows, i, acc_t(1), inlier_divisor, outlier_divisor, num_classes);
-  }
+    for (int64_t i = 0; i < rows.padded; ++i) {
+      const auto row_loss =
+          RowLoss<acc_t>::of_row(rows.coefficients(i, smoothed(i)), log_of(rows.sum_exp[i]),
+                                 rows.at_label[i] - rows.max[i], rows.sum_shifted[i] / num_classes);
+      loss[i] = row_loss.loss;
+      cross_entropy[i] = row_loss.cross_entropy;
+      set_gradient(rows, i, smoothed(i), acc_t(1), inlier_divisor, outlier_divisor, num_classes);
+    }
+  });
+  spread_offsets(args, rows);
 
   double inliers = 0;
   double outliers = 0;
@@ -74,13 +101,6 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const GroupDivisors& 
   if (args.row_loss != nullptr) {
     std::copy_n(loss, rows.size, args.row_loss + rows.first);
   }
-  if (args.row_cross_entropy != nullptr) {
-    acc_t* to = args.row_cross_entropy + rows.first;
-#pragma omp simd
-    for (int64_t i = 0; i < rows.size; ++i) {
-      to[i] = select(rows.active[i] != acc_t(0), cross_entropy[i], acc_t(0));
-    }
-  }
   if (args.row_max != nullptr) {
     acc_t* max = args.row_max + rows.first;
     acc_t* sum_exp = args.row_sum_exp + rows.first;
@@ -88,6 +108,15 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const GroupDivisors& 
     for (int64_t i = 0; i < rows.size; ++i) {
       max[i] = select(rows.active[i] != acc_t(0), rows.max[i], acc_t(0));
       sum_exp[i] = select(rows.active[i] != acc_t(0), rows.sum_exp[i], acc_t(0));
+    }
+  }
+  if (args.row_cross_entropy != nullptr) {
+    acc_t* to = args.row_cross_entropy + rows.first;
+#pragma omp simd
+    for (int64_t i = 0; i < rows.size; ++i) {
+      to[i] = select(rows.label[i] == kOutlier, cross_entropy[i], loss[i]);
+      const bool counts = (rows.label[i] >= 0) | (rows.weight[i] != acc_t(0));
+      rows.active[i] = select(counts, acc_t(1), acc_t(0));
     }
   }
 }
@@ -100,15 +129,19 @@ void restore_rows(const BackwardArgs<scalar_t, acc_t>& args, TileRows<acc_t>& ro
   const GroupDivisors divisors = args.divisors();
   const auto inlier_divisor = static_cast<acc_t>(divisors.inliers);
   const auto outlier_divisor = static_cast<acc_t>(divisors.outliers);
-  for (int64_t i = 0; i < rows.size; ++i) {
-    if (rows.weight[i] == acc_t(0)) {
-      rows.max[i] = rows.factor[i] = rows.offset[i] = rows.at_label[i] = 0;
-      continue;
+  with_smoothing(args, rows, [&](auto smoothed) {
+    for (int64_t i = 0; i < rows.size; ++i) {
+      if (rows.active[i] == acc_t(0)) {
+        rows.max[i] = rows.factor[i] = rows.offset[i] = rows.at_label[i] = 0;
+        continue;
+      }
+      rows.max[i] = args.row_max[rows.first + i];
+      rows.sum_exp[i] = args.row_sum_exp[rows.first + i];
+      set_gradient(rows, i, smoothed(i), args.grad[rows.first + i], inlier_divisor, outlier_divisor,
+                   num_classes);
     }
-    rows.max[i] = args.row_max[rows.first + i];
-    rows.sum_exp[i] = args.row_sum_exp[rows.first + i];
-    set_gradient(rows, i, args.grad[rows.first + i], inlier_divisor, outlier_divisor, num_classes);
-  }
+  });
+  spread_offsets(args, rows);
 }
 
 }  // namespace

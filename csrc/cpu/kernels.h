@@ -84,6 +84,8 @@ struct TaskResult {
 
 template <typename scalar_t, typename acc_t>
 struct TileKernels {
+  TaskResult (*count_rows)(const Labels& labels, const ClassWeights<acc_t>& class_weights,
+                           int64_t begin, int64_t end);
   // `scratch` is aligned to 64 bytes and holds Tiling::scratch_size() elements.
   TaskResult (*forward)(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                         int64_t tile, const GroupDivisors& divisors, acc_t* scratch);
@@ -92,7 +94,6 @@ struct TileKernels {
 };
 
 struct Kernels {
-  TaskResult (*count_rows)(const Labels& labels, int64_t begin, int64_t end);
   TileKernels<float, float> of_float;
   TileKernels<double, double> of_double;
   TileKernels<c10::Half, float> of_half;

@@ -25,7 +25,8 @@ struct TileRows {
   alignas(64) IntOf<acc_t> label[kMaxTileRows];  // a class, kOutlier or kIgnored
   alignas(64) IntOf<acc_t> place[kMaxTileRows];  // index of the label among a tile's classes
   alignas(64) acc_t weight[kMaxTileRows];
-  alignas(64) acc_t active[kMaxTileRows];  // not 0: the logits are needed
+  // Not 0: the logits are needed; from finish_rows() on, for the gradient.
+  alignas(64) acc_t active[kMaxTileRows];
   alignas(64) acc_t max[kMaxTileRows];
   alignas(64) acc_t sum_exp[kMaxTileRows];
   alignas(64) acc_t sum_shifted[kMaxTileRows];
@@ -33,10 +34,13 @@ struct TileRows {
   alignas(64) acc_t at_label[kMaxTileRows];
   alignas(64) acc_t factor[kMaxTileRows];  // of the gradient
   alignas(64) acc_t offset[kMaxTileRows];
+  // With a class_spread: the weight of the label's class; from finish_rows() on, what the gradient
+  // subtracts from each exponential, times the spread.
+  alignas(64) acc_t at_classes[kMaxTileRows];
   bool all_active;
 
-  OE_EXT_INLINE RowCoefficients<acc_t> coefficients(int64_t i) const {
-    return RowCoefficients<acc_t>::of_row(label[i] >= 0, label[i] == kOutlier, weight[i]);
+  OE_EXT_INLINE RowCoefficients<acc_t> coefficients(int64_t i, Smoothed<acc_t> smoothed) const {
+    return RowCoefficients<acc_t>::of_row(label[i] >= 0, label[i] == kOutlier, weight[i], smoothed);
   }
 };
 
@@ -110,8 +114,7 @@ TaskResult classify(const Label* labels, const LabelRule& rule, int64_t size, In
     }
   }
   TaskResult result;
-  result.sums.counts.inliers = inliers;
-  result.sums.counts.outliers = outliers;
+  result.sums.counts = {static_cast<double>(inliers), static_cast<double>(outliers)};
   if (int64_t(inliers) + outliers + ignored != size) {
     result.bad_row = 0;
     while (rule.kind(labels[result.bad_row]) != RowKind::kInvalid) {
@@ -119,6 +122,24 @@ TaskResult classify(const Label* labels, const LabelRule& rule, int64_t size, In
     }
   }
   return result;
+}
+
+// Writes the class weight of each inlier among at most kMaxTileRows classes from classify(), and 0
+// for the others; returns their sum. The first loop loads from a table one by one and has no
+// branch, which random labels would mispredict; the second is made of vectors.
+template <typename Int, typename acc_t>
+double weigh_inliers(const Int* classes, int64_t size, const acc_t* class_weights, acc_t* weights) {
+  for (int64_t i = 0; i < size; ++i) {
+    const Int is_class = classes[i] >= 0;
+    weights[i] = class_weights[classes[i] & -is_class];
+  }
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) {
+    weights[i] = select(classes[i] >= 0, weights[i], acc_t(0));
+    sum += static_cast<double>(weights[i]);
+  }
+  return sum;
 }
 
 // Reads the labels and weights of a tile; returns its counts, or its first illegal label.
@@ -143,26 +164,46 @@ TaskResult read_labels(const Args& args, bool wants_cross_entropy, TileRows<acc_
   for (int64_t i = 0; i < rows.padded; ++i) {
     const bool outlier = rows.label[i] == kOutlier;
     const acc_t alpha = rows.weight[i];
-    const acc_t weight = RowCoefficients<acc_t>::weight_of(rows.label[i] >= 0, outlier, alpha);
+    const acc_t weight =
+        RowCoefficients<acc_t>::weight_of(rows.label[i] >= 0, outlier, acc_t(1), alpha);
     const bool active = (weight != acc_t(0)) | (outlier & wants_cross_entropy);
     rows.weight[i] = weight;
     rows.active[i] = select(active, acc_t(1), acc_t(0));
     num_active += active;
   }
   rows.all_active = num_active >= rows.size;
+  if (args.class_weights.data != nullptr) {
+    alignas(64) acc_t weights[kMaxTileRows];
+    result.sums.counts.inliers =
+        weigh_inliers(rows.label, rows.size, args.class_weights.data, weights);
+    const bool spreads = args.class_spread != nullptr;
+    const SpreadSmoothing<acc_t> spread = args.spread_smoothing;
+#pragma omp simd
+    for (int64_t i = 0; i < rows.size; ++i) {
+      const acc_t of_inlier = select(spreads, spread.weight(weights[i]), weights[i]);
+      rows.weight[i] = select(rows.label[i] >= 0, of_inlier, rows.weight[i]);
+      rows.at_classes[i] = weights[i];
+    }
+  }
   return result;
 }
 
-TaskResult count_rows(const Labels& labels, int64_t begin, int64_t end) {
+template <typename acc_t>
+TaskResult count_rows(const Labels& labels, const ClassWeights<acc_t>& class_weights, int64_t begin,
+                      int64_t end) {
   return with_label_type(labels.type, labels.data, [&](const auto* stored) {
     int32_t classes[kMaxTileRows];
     TaskResult total;
     for (int64_t row = begin; row < end; row += kMaxTileRows) {
       const int64_t size = std::min(kMaxTileRows, end - row);
-      const TaskResult part = classify(stored + row, labels.rule, size, classes);
+      TaskResult part = classify(stored + row, labels.rule, size, classes);
       if (part.bad_row >= 0) {
         total.bad_row = row + part.bad_row;
         return total;
+      }
+      if (class_weights.data != nullptr) {
+        acc_t weights[kMaxTileRows];
+        part.sums.counts.inliers = weigh_inliers(classes, size, class_weights.data, weights);
       }
       total.sums.counts.merge(part.sums.counts);
     }

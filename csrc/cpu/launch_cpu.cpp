@@ -168,12 +168,15 @@ TaskResult for_each_task(int64_t num_tasks, int64_t grain, const Body& body) {
   return total;
 }
 
-TaskResult count_rows(const Labels& labels, int64_t num_rows) {
+template <typename scalar_t, typename acc_t>
+TaskResult count_rows(const RowArgs<scalar_t, acc_t>& args) {
+  const int64_t num_rows = args.layout.num_rows();
   const int64_t num_tasks = (num_rows + kGrainLabels - 1) / kGrainLabels;
+  const auto run = chosen().kernels->template of<scalar_t>().count_rows;
   return for_each_task(num_tasks, 1, [&](int64_t begin, int64_t end, TaskResult* results) {
     for (int64_t task = begin; task < end; ++task) {
-      results[task] = chosen().kernels->count_rows(labels, task * kGrainLabels,
-                                                   std::min((task + 1) * kGrainLabels, num_rows));
+      results[task] = run(args.labels, args.class_weights, task * kGrainLabels,
+                          std::min((task + 1) * kGrainLabels, num_rows));
     }
   });
 }
@@ -205,25 +208,32 @@ const char* capability() { return chosen().name; }
 
 template <typename scalar_t, typename acc_t>
 int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
+  TORCH_CHECK(args.class_weights.data == nullptr ||
+                  args.layout.num_classes <= std::numeric_limits<int32_t>::max(),
+              "outlier_exposure_loss: on the CPU, weight may be of at most 2^31 - 1 classes, got ",
+              args.layout.num_classes);
   GroupDivisors divisors = args.divisors();
+  GroupCounts counts;
   if (args.needs_counts_first()) {
-    const TaskResult counted = count_rows(args.labels, args.layout.num_rows());
+    const TaskResult counted = count_rows(args);
     if (counted.bad_row >= 0) {
       return counted.bad_row;
     }
-    const GroupCounts counts = counted.sums.counts;
-    divisors = args.divisor_rule(static_cast<double>(counts.inliers),
-                                 static_cast<double>(counts.outliers));
+    counts = counted.sums.counts;
+    divisors = args.divisor_rule(counts);
   }
   if (args.grad_logits != nullptr) {
     populate_gradient(args.grad_logits, args.layout.num_rows() * args.layout.num_classes);
   }
   const auto run_tile = chosen().kernels->template of<scalar_t>().forward;
-  const TaskResult result = for_each_tile<scalar_t, acc_t>(
+  TaskResult result = for_each_tile<scalar_t, acc_t>(
       args.layout, args.grad_logits != nullptr ? &args.grad_layout : nullptr,
       [&](const Tiling& tiling, int64_t tile, acc_t* scratch) {
         return run_tile(args, tiling, tile, divisors, scratch);
       });
+  if (args.needs_counts_first()) {
+    result.sums.counts = counts;
+  }
   if (result.bad_row < 0 && args.output.loss != nullptr) {
     args.output.write(result.sums, args.divisor_rule, args.counts, args.layout.num_rows());
   }

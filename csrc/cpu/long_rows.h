@@ -83,21 +83,23 @@ OE_EXT_INLINE auto max_logit(const scalar_t* logits, int64_t size) {
   }
 }
 
-// The sum of x - shift.
-template <typename acc_t>
-OE_EXT_INLINE acc_t sum_of(const acc_t* x, int64_t size, acc_t shift) {
+// The sum of (x - shift), each times its spread if kSpread.
+template <bool kSpread = false, typename acc_t>
+OE_EXT_INLINE acc_t sum_of(const acc_t* x, int64_t size, acc_t shift,
+                           const acc_t* spread = nullptr) {
   acc_t lanes[kLanes] = {};
   for (int64_t i = 0; i + kLanes <= size; i += kLanes) {
 #pragma omp simd
     for (int j = 0; j < kLanes; ++j) {
-      lanes[j] += x[i + j] - shift;
+      lanes[j] += (kSpread ? spread[i + j] : acc_t(1)) * (x[i + j] - shift);
     }
   }
-  const acc_t* last = x + size - kLanes;
+  const int64_t last = size - kLanes;
   const int first = kLanes - static_cast<int>(size % kLanes);  // lane not yet summed
 #pragma omp simd
   for (int j = 0; j < kLanes; ++j) {
-    lanes[j] += select(j >= first, last[j] - shift, acc_t(0));
+    const acc_t term = (kSpread ? spread[last + j] : acc_t(1)) * (x[last + j] - shift);
+    lanes[j] += select(j >= first, term, acc_t(0));
   }
   return fold(lanes, [](acc_t a, acc_t b) { return a + b; });
 }
@@ -172,6 +174,21 @@ int64_t class_of(const Args& args, const TileRows<acc_t>& rows, int64_t i) {
   return cls < args.layout.num_classes ? cls : int64_t(-1);
 }
 
+// Subtracts each class's part of the smoothing from a block of gradients.
+template <typename Args, typename acc_t>
+OE_EXT_INLINE void subtract_at_classes(const Args& args, const TileRows<acc_t>& rows, int64_t i,
+                                       int64_t begin, int64_t size, acc_t* grad) {
+  if (args.class_spread == nullptr) {
+    return;
+  }
+  const acc_t* spread = args.class_spread + begin;
+  const acc_t at_classes = rows.at_classes[i] * rows.factor[i];
+#pragma omp simd
+  for (int64_t j = 0; j < size; ++j) {
+    grad[j] -= spread[j] * at_classes;
+  }
+}
+
 // Writes the gradients of rows. compute(row, logits, begin, size, to) computes those of one block.
 template <typename Args, typename acc_t, typename Compute>
 void write_row_gradients(const Args& args, const TileRows<acc_t>& rows, acc_t* buffer,
@@ -183,7 +200,7 @@ void write_row_gradients(const Args& args, const TileRows<acc_t>& rows, acc_t* b
   for (int64_t i = 0; i < rows.size; ++i) {
     const auto* row = logits.data + i * logits.row_stride;
     auto* to = grad.data + i * grad.row_stride;
-    if (rows.weight[i] == acc_t(0)) {
+    if (rows.active[i] == acc_t(0)) {
       std::fill_n(to, num_classes, 0);
       continue;
     }
@@ -199,7 +216,10 @@ void write_row_gradients(const Args& args, const TileRows<acc_t>& rows, acc_t* b
       }
     });
     if (label >= 0) {
-      const acc_t from_label = exp_at_label - rows.at_label[i];
+      acc_t from_label = exp_at_label - rows.at_label[i];
+      if (args.class_spread != nullptr) {
+        from_label -= args.class_spread[label] * rows.at_classes[i];
+      }
       store_as(multiply_add(from_label, rows.factor[i], -rows.offset[i]), to[label]);
     }
   }
@@ -207,11 +227,32 @@ void write_row_gradients(const Args& args, const TileRows<acc_t>& rows, acc_t* b
 
 template <typename Args, typename acc_t>
 void write_gradients_from_logits(const Args& args, const TileRows<acc_t>& rows, acc_t* buffer) {
-  write_row_gradients(
-      args, rows, buffer, [&](int64_t i, const auto* logits, int64_t, int64_t size, acc_t* to) {
-        const acc_t* x = widened(logits, size, buffer);
-        gradients_from_logits(x, size, rows.max[i], rows.factor[i], rows.offset[i], to);
-      });
+  write_row_gradients(args, rows, buffer,
+                      [&](int64_t i, const auto* logits, int64_t begin, int64_t size, acc_t* to) {
+                        const acc_t* x = widened(logits, size, buffer);
+                        gradients_from_logits(x, size, rows.max[i], rows.factor[i], rows.offset[i],
+                                              to);
+                        subtract_at_classes(args, rows, i, begin, size, to);
+                      });
+}
+
+// Sets the sum_shifted of inliers, for label smoothing. A loop of its own leaves the loop that all
+// calls need alone: within it, the test alone took 1 % of the instructions of 100 classes.
+template <typename scalar_t, typename acc_t>
+void sum_inliers(const ForwardArgs<scalar_t, acc_t>& args, int64_t begin, int64_t end,
+                 acc_t* buffer, TileRows<acc_t>& rows) {
+  const TileView<const scalar_t> logits(args.logits, args.layout, rows.first);
+  for (int64_t i = begin; i < end; ++i) {
+    double sum = 0;
+    for_each_block(
+        rows.label[i] >= 0 ? args.layout.num_classes : 0, [&](int64_t cls, int64_t size) {
+          const acc_t* x = widened(logits.data + i * logits.row_stride + cls, size, buffer);
+          sum += args.class_spread == nullptr
+                     ? sum_of(x, size, rows.max[i])
+                     : sum_of<true>(x, size, rows.max[i], args.class_spread + cls);
+        });
+    rows.sum_shifted[i] = rows.label[i] >= 0 ? static_cast<acc_t>(sum) : rows.sum_shifted[i];
+  }
 }
 
 template <typename scalar_t, typename acc_t>
@@ -266,6 +307,9 @@ void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
       const int64_t label = class_of(args, rows, i);
       rows.at_label[i] = label >= 0 ? static_cast<acc_t>(row[label]) : acc_t(0);
     }
+    if (args.label_smoothing != acc_t(0)) {
+      sum_inliers(args, first, end, buffer, rows);
+    }
   }
   finish_rows(args, divisors, rows, sums);
   if (args.grad_logits != nullptr && exps == nullptr) {
@@ -275,6 +319,7 @@ void forward_long_rows(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
                         [&](int64_t i, const scalar_t*, int64_t begin, int64_t size, acc_t* to) {
                           gradients_from_exps(exps + i * exps_stride + begin, size, rows.factor[i],
                                               rows.offset[i], to);
+                          subtract_at_classes(args, rows, i, begin, size, to);
                         });
   }
 }

@@ -6,6 +6,8 @@ namespace oe_ext {
 namespace {
 
 struct CpuBackend {
+  static constexpr bool kSpreadsSmoothing = true;
+
   template <typename scalar_t, typename acc_t>
   static int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
     return cpu::forward(args);

@@ -33,11 +33,14 @@ void load_active(const TileView<const scalar_t>& logits, const TileRows<acc_t>& 
 // Turns the exponentials of a tile, whose classes start at first_class, into gradients in the
 // tensor.
 template <typename scalar_t, typename acc_t>
-void finish_gradients(const Tile<acc_t>& tile, int64_t first_class, TileRows<acc_t>& rows,
-                      bool may_lack_weight, const TileView<scalar_t>& grad) {
+void finish_gradients(const Tile<acc_t>& tile, int64_t first_class, const acc_t* spread,
+                      TileRows<acc_t>& rows, bool may_be_inactive, const TileView<scalar_t>& grad) {
   subtract_at_labels(tile, first_class, rows);
-  if (may_lack_weight) {
-    clear_rows(tile, rows.padded, rows.weight);
+  if (spread != nullptr) {
+    subtract_at_classes(tile, spread + first_class, rows);
+  }
+  if (may_be_inactive) {
+    clear_rows(tile, rows.padded, rows.active);
   }
   store_gradients(tile, rows, grad.from_class(first_class));
 }
@@ -66,25 +69,26 @@ void forward_in_scratch(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
   raise_maxima(source, rows);
   find_logits_at_labels(source, 0, rows);
   if (num_classes <= kSumClasses) {
-    add_exponentials(source, tile, rows, nullptr);
+    add_exponentials(source, tile, args.class_spread, rows, nullptr);
   } else {
     WideSums wide;
-    add_exponentials(source, tile, rows, &wide);
+    add_exponentials(source, tile, args.class_spread, rows, &wide);
   }
   finish_rows(args, divisors, rows, sums);
   if (args.grad_logits != nullptr) {
-    finish_gradients(tile, 0, rows, args.row_cross_entropy != nullptr,
+    finish_gradients(tile, 0, args.class_spread, rows, args.row_cross_entropy != nullptr,
                      TileView<scalar_t>(args.grad_logits, args.grad_layout, rows.first));
   }
 }
 
 // Calls use(tile, first_class) for each chunk of classes that fits in scratch.
 template <typename scalar_t, typename acc_t, typename Use>
-void for_each_chunk(const scalar_t* logits, const RowLayout& layout, const Tiling& tiling,
-                    acc_t* scratch, TileRows<acc_t>& rows, const Use& use) {
-  const TileView<const scalar_t> view(logits, layout, rows.first);
-  for (int64_t cls = 0; cls < layout.num_classes; cls += tiling.chunk_classes) {
-    const int64_t size = std::min(tiling.chunk_classes, layout.num_classes - cls);
+void for_each_chunk(const RowArgs<scalar_t, acc_t>& args, const Tiling& tiling, acc_t* scratch,
+                    TileRows<acc_t>& rows, const Use& use) {
+  const int64_t num_classes = args.layout.num_classes;
+  const TileView<const scalar_t> view(args.logits, args.layout, rows.first);
+  for (int64_t cls = 0; cls < num_classes; cls += tiling.chunk_classes) {
+    const int64_t size = std::min(tiling.chunk_classes, num_classes - cls);
     const Tile<acc_t> tile{scratch, tiling.tile_rows, size};
     load_active(view.from_class(cls), rows, tile);
     use(tile, cls);
@@ -93,13 +97,12 @@ void for_each_chunk(const scalar_t* logits, const RowLayout& layout, const Tilin
 
 // Writes the gradients of a tile from its statistics.
 template <typename scalar_t, typename acc_t>
-void write_gradients_in_chunks(const scalar_t* logits, const RowLayout& layout, scalar_t* grad,
-                               const RowLayout& grad_layout, const Tiling& tiling,
-                               bool may_lack_weight, acc_t* scratch, TileRows<acc_t>& rows) {
-  const TileView<scalar_t> to(grad, grad_layout, rows.first);
-  for_each_chunk(logits, layout, tiling, scratch, rows, [&](const auto& tile, int64_t cls) {
-    add_exponentials(tile.as_source(), tile, rows, nullptr);
-    finish_gradients(tile, cls, rows, may_lack_weight, to);
+void write_gradients_in_chunks(const RowArgs<scalar_t, acc_t>& args, const Tiling& tiling,
+                               bool may_be_inactive, acc_t* scratch, TileRows<acc_t>& rows) {
+  const TileView<scalar_t> to(args.grad_logits, args.grad_layout, rows.first);
+  for_each_chunk(args, tiling, scratch, rows, [&](const auto& tile, int64_t cls) {
+    add_exponentials<false>(tile.as_source(), tile, args.class_spread, rows, nullptr);
+    finish_gradients(tile, cls, args.class_spread, rows, may_be_inactive, to);
   });
 }
 
@@ -107,19 +110,19 @@ template <typename scalar_t, typename acc_t>
 void forward_in_chunks(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                        const GroupDivisors& divisors, acc_t* scratch, TileRows<acc_t>& rows,
                        GroupSums& sums) {
-  for_each_chunk(args.logits, args.layout, tiling, scratch, rows,
-                 [&](const auto& tile, int64_t cls) {
-                   raise_maxima(tile.as_source(), rows);
-                   find_logits_at_labels(tile.as_source(), cls, rows);
-                 });
+  for_each_chunk(args, tiling, scratch, rows, [&](const auto& tile, int64_t cls) {
+    raise_maxima(tile.as_source(), rows);
+    find_logits_at_labels(tile.as_source(), cls, rows);
+  });
   WideSums wide;
-  for_each_chunk(args.logits, args.layout, tiling, scratch, rows, [&](const auto& tile, int64_t) {
-    add_exponentials(tile.as_source(), tile, rows, &wide);
+  const bool spreads = args.class_spread != nullptr;
+  for_each_chunk(args, tiling, scratch, rows, [&](const auto& tile, int64_t cls) {
+    const acc_t* spread = spreads ? args.class_spread + cls : nullptr;
+    add_exponentials(tile.as_source(), tile, spread, rows, &wide);
   });
   finish_rows(args, divisors, rows, sums);
   if (args.grad_logits != nullptr) {
-    write_gradients_in_chunks(args.logits, args.layout, args.grad_logits, args.grad_layout, tiling,
-                              args.row_cross_entropy != nullptr, scratch, rows);
+    write_gradients_in_chunks(args, tiling, args.row_cross_entropy != nullptr, scratch, rows);
   }
 }
 
@@ -157,19 +160,18 @@ TaskResult backward_tile(const BackwardArgs<scalar_t, acc_t>& args, const Tiling
   if (tiling.long_rows) {
     write_gradients_from_logits(args, rows, scratch);
   } else {
-    write_gradients_in_chunks(args.logits, args.layout, args.grad_logits, args.grad_layout, tiling,
-                              /*may_lack_weight=*/false, scratch, rows);
+    write_gradients_in_chunks(args, tiling, /*may_be_inactive=*/false, scratch, rows);
   }
   return result;
 }
 
 template <typename scalar_t, typename acc_t>
 constexpr TileKernels<scalar_t, acc_t> tile_kernels() {
-  return {&forward_tile<scalar_t, acc_t>, &backward_tile<scalar_t, acc_t>};
+  return {&count_rows<acc_t>, &forward_tile<scalar_t, acc_t>, &backward_tile<scalar_t, acc_t>};
 }
 
 constexpr Kernels make_kernels() {
-  return {&count_rows, tile_kernels<float, float>(), tile_kernels<double, double>(),
+  return {tile_kernels<float, float>(), tile_kernels<double, double>(),
           tile_kernels<c10::Half, float>(), tile_kernels<c10::BFloat16, float>()};
 }
 

@@ -44,9 +44,10 @@ void clear_rows(const Tile<acc_t>& tile, int64_t num_rows, const acc_t* counts) 
 }
 
 // Computes the exponentials of kCount classes, and their sums. The maxima must be known.
-template <int kCount, typename acc_t>
+// `spread`: of these classes, or null.
+template <int kCount, bool kSpread, typename acc_t>
 OE_EXT_INLINE void add_classes(const acc_t* x, int64_t x_stride, acc_t* to, int64_t stride,
-                               TileRows<acc_t>& rows) {
+                               const acc_t* spread, TileRows<acc_t>& rows) {
 #pragma omp simd
   for (int64_t i = 0; i < rows.padded; ++i) {
     acc_t shifted[kCount];
@@ -56,6 +57,9 @@ OE_EXT_INLINE void add_classes(const acc_t* x, int64_t x_stride, acc_t* to, int6
       shifted[k] = x[k * x_stride + i] - rows.max[i];
       exps[k] = exp_of(shifted[k]);
       to[k * stride + i] = exps[k];
+      if constexpr (kSpread) {
+        shifted[k] *= select(rows.label[i] >= 0, spread[k], acc_t(1));
+      }
     }
     rows.sum_exp[i] += kCount == 2 ? exps[0] + exps[kCount - 1] : exps[0];
     rows.sum_shifted[i] += kCount == 2 ? shifted[0] + shifted[kCount - 1] : shifted[0];
@@ -72,19 +76,22 @@ struct WideSums {
 };
 
 // Computes the exponentials of the source, which may be the tile itself, and their sums.
-template <typename acc_t>
-void add_exponentials(const Tile<const acc_t>& source, const Tile<acc_t>& tile,
+template <bool kSpread, typename acc_t>
+void add_exponentials(const Tile<const acc_t>& source, const Tile<acc_t>& tile, const acc_t* spread,
                       TileRows<acc_t>& rows, WideSums* wide) {
   for (int64_t begin = 0; begin < tile.num_classes; begin += kSumClasses) {
     const int64_t end = std::min(begin + kSumClasses, tile.num_classes);
     std::fill_n(rows.sum_exp, rows.padded, acc_t(0));
     std::fill_n(rows.sum_shifted, rows.padded, acc_t(0));
+    const auto spread_of = [=](int64_t cls) { return kSpread ? spread + cls : nullptr; };
     int64_t cls = begin;
     for (; cls + 2 <= end; cls += 2) {
-      add_classes<2>(source.of_class(cls), source.stride, tile.of_class(cls), tile.stride, rows);
+      add_classes<2, kSpread>(source.of_class(cls), source.stride, tile.of_class(cls), tile.stride,
+                              spread_of(cls), rows);
     }
     if (cls < end) {
-      add_classes<1>(source.of_class(cls), source.stride, tile.of_class(cls), tile.stride, rows);
+      add_classes<1, kSpread>(source.of_class(cls), source.stride, tile.of_class(cls), tile.stride,
+                              spread_of(cls), rows);
     }
     for (int64_t i = 0; wide != nullptr && i < rows.padded; ++i) {
       wide->exp[i] += rows.sum_exp[i];
@@ -94,6 +101,30 @@ void add_exponentials(const Tile<const acc_t>& source, const Tile<acc_t>& tile,
   for (int64_t i = 0; wide != nullptr && i < rows.padded; ++i) {
     rows.sum_exp[i] = static_cast<acc_t>(wide->exp[i]);
     rows.sum_shifted[i] = static_cast<acc_t>(wide->shifted[i]);
+  }
+}
+
+// `spread`: of the tile's classes, or null.
+template <typename acc_t>
+void add_exponentials(const Tile<const acc_t>& source, const Tile<acc_t>& tile, const acc_t* spread,
+                      TileRows<acc_t>& rows, WideSums* wide) {
+  if (spread != nullptr) {
+    add_exponentials<true>(source, tile, spread, rows, wide);
+  } else {
+    add_exponentials<false>(source, tile, spread, rows, wide);
+  }
+}
+
+// Subtracts each class's part of the smoothing from the exponentials.
+template <typename acc_t>
+void subtract_at_classes(const Tile<acc_t>& tile, const acc_t* spread,
+                         const TileRows<acc_t>& rows) {
+  for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
+    acc_t* x = tile.of_class(cls);
+#pragma omp simd
+    for (int64_t i = 0; i < rows.padded; ++i) {
+      x[i] -= spread[cls] * rows.at_classes[i];
+    }
   }
 }
 

@@ -162,9 +162,7 @@ __device__ GroupDivisors forward_divisors(const ForwardArgs<scalar_t, acc_t>& ar
   if (!args.needs_counts_first()) {
     return args.divisors();
   }
-  const GroupCounts counts = merge_partials(partials.counts, partials.num_counts);
-  return args.divisor_rule(static_cast<double>(counts.inliers),
-                           static_cast<double>(counts.outliers));
+  return args.divisor_rule(merge_partials(partials.counts, partials.num_counts));
 }
 
 // The gradient of a row, from the statistics that the forward saved.
@@ -173,8 +171,8 @@ __device__ RowGradient<acc_t> backward_gradient(const BackwardArgs<scalar_t, acc
                                                 int64_t row) {
   const int64_t label = args.labels[row];
   const RowKind kind = args.labels.rule.kind(label);
-  const auto coefficients = args.coefficients(row, kind);
-  if (coefficients.weight == acc_t(0)) {
+  const auto coefficients = args.coefficients(row, label, kind);
+  if (!coefficients.counts) {
     return RowGradient<acc_t>();
   }
   return args.row_gradient(coefficients, args.class_here(label, kind), kind, args.row_max[row],

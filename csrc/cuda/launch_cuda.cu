@@ -200,8 +200,9 @@ void forward(const ForwardArgs<scalar_t, acc_t>& args, void* scratch, Stream str
     partials.counts = reinterpret_cast<GroupCounts*>(static_cast<GroupSums*>(scratch) + kMaxBlocks);
     partials.num_counts = static_cast<int>(blocks_for(
         num_rows, kReduceThreads * kCountRowsPerThread, std::min(kMaxCountBlocks, max_blocks())));
-    OE_EXT_LAUNCH(outlier_exposure_count_rows_kernel, kReduceThreads, partials.num_counts,
-                  kReduceThreads, 0, stream, args.labels, num_rows, partials.counts);
+    OE_EXT_LAUNCH(outlier_exposure_count_rows_kernel<acc_t>, kReduceThreads, partials.num_counts,
+                  kReduceThreads, 0, stream, args.labels, args.class_weights, num_rows,
+                  partials.counts);
   }
   if (num_rows > 0) {
     partials.num_sums = static_cast<int>(forward_all_rows(args, partials, stream));

@@ -9,9 +9,9 @@
 //
 // A thread moves 16 bytes at once if rows or pixels are aligned for it, else one element at a time;
 // also pixels whose classes fit a block's shared memory only then. count_rows runs before the
-// forward's kernel if a gradient needs counts that nobody gave, and write_loss after it if the loss
-// is a scalar. Every dtype runs the same kernels: double in double, float, Half and BFloat16 in
-// float.
+// forward's kernel if a gradient, or a mean with class weights, needs counts that nobody gave, and
+// write_loss after it if the loss is a scalar. Every dtype runs the same kernels: double in double,
+// float, Half and BFloat16 in float.
 #pragma once
 
 #include "../core/kernel_args.h"

@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kNoBadRow = -1;
 
 struct CudaBackend {
+  static constexpr bool kSpreadsSmoothing = false;
+
   template <typename scalar_t, typename acc_t>
   static int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
     at::Tensor scratch;

@@ -96,7 +96,7 @@ __device__ void write_pixel_gradients(const RowGradient<acc_t> (&gradients)[kSiz
 //              rows
 // Reads:       logits, 1 pass, coalesced if the row stride is 1, plus the logit at the label; a
 //              second pass for the gradient if the stage has no room; labels and alpha [num_rows];
-//              partials.counts
+//              class_weights [num_classes]; partials.counts
 // Writes:      on request row_loss, row_cross_entropy, row_max, row_sum_exp, [num_rows], and
 //              grad_logits, 1 pass, zeros for rows that do not count;
 //              partials.sums [gridDim.x]
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kMaxPixelsThreads, kMinBlocks)
       CUDA_KERNEL_ASSERT(kind[k] != RowKind::kInvalid &&
                          "target must be a class or a special label");
       cls[k] = args.class_here(label, kind[k]);
-      coefficients[k] = args.coefficients(first + k, kind[k]);
+      coefficients[k] = args.coefficients(first + k, label, kind[k]);
       any_active |= args.is_active(coefficients[k], kind[k]);
     }
     const scalar_t* x = args.logits + layout.row_offset(first);
@@ -143,8 +143,9 @@ __global__ void __launch_bounds__(kMaxPixelsThreads, kMinBlocks)
             logit_at(args.logits + layout.row_offset(first + k), layout, cls[k]) - stats[k].max;
       }
       const bool active = args.is_active(coefficients[k], kind[k]);
-      sums.add(kind[k], static_cast<double>(args.write_row(first + k, coefficients[k], active,
-                                                           stats[k], label_shifted)));
+      const acc_t loss =
+          args.write_row(first + k, coefficients[k], kind[k], active, stats[k], label_shifted);
+      sums.add(kind[k], static_cast<double>(coefficients[k].weight), static_cast<double>(loss));
     }
     if (args.grad_logits != nullptr) {
       RowGradient<acc_t> gradients[kSize];
@@ -167,8 +168,8 @@ __global__ void __launch_bounds__(kMaxPixelsThreads, kMinBlocks)
 
 // The gradient of every row.
 // Work split:  as the forward kernel's
-// Reads:       logits, 1 pass; the statistics, labels, alpha and upstream gradient of each row.
-//              Only the upstream gradient, if it is 1 and the forward wrote the gradient
+// Reads:       logits, 1 pass; the statistics, labels, alpha, class weight and upstream gradient of
+//              each row. Only the upstream gradient, if it is 1 and the forward wrote the gradient
 // Writes:      grad_logits, 1 pass; zeros for rows that do not count
 // Shared mem:  none     Sync: none
 // Numerics:    acc_t until the store: the upstream gradient multiplies before the cast

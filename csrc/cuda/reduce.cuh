@@ -11,17 +11,21 @@ constexpr int kReduceThreads = 256;
 
 // The counts of each block's labels.
 // Work split:  thread i of the grid takes rows i, i + threads, ...; a block merges its threads
-// Reads:       labels [num_rows], 1 pass
+// Reads:       labels [num_rows], 1 pass; class_weights [num_classes]
 // Writes:      partials [gridDim.x]
 // Shared mem:  merge_block's     Sync: merge_block's; the loop before it has no barrier
-// Numerics:    int64
+// Numerics:    double
 // Assumes:     blockDim.x is a multiple of 32 (launch_cuda.cu)
-// Used when:   the forward writes the gradient of a mean
-__global__ inline void __launch_bounds__(kReduceThreads, kMinBlocks)
-    outlier_exposure_count_rows_kernel(Labels labels, int64_t num_rows, GroupCounts* partials) {
+// Used when:   the forward writes the gradient of a mean, or there are class weights
+template <typename acc_t>
+__global__ void __launch_bounds__(kReduceThreads, kMinBlocks)
+    outlier_exposure_count_rows_kernel(Labels labels, ClassWeights<acc_t> class_weights,
+                                       int64_t num_rows, GroupCounts* partials) {
   GroupCounts counts;
   for (int64_t row = grid_thread(); row < num_rows; row += grid_threads()) {
-    counts.add(labels.rule.kind(labels[row]));
+    const int64_t label = labels[row];
+    const RowKind kind = labels.rule.kind(label);
+    counts.add(kind, kind == RowKind::kInlier ? static_cast<double>(class_weights[label]) : 0.0);
   }
   counts = merge_block(counts);
   if (threadIdx.x == 0) {
@@ -31,17 +35,18 @@ __global__ inline void __launch_bounds__(kReduceThreads, kMinBlocks)
 
 // The loss and the counts of all rows.
 // Work split:  one block; thread i takes partials i, i + threads, ...
-// Reads:       partials.sums [num_sums]; counts [2], if given
-// Writes:      loss, counts
-// Shared mem:  merge_block's     Sync: merge_block's
-// Numerics:    double; the loss is cast once
-// Assumes:     gridDim.x is 1, blockDim.x a multiple of 32 (launch_cuda.cu)
-// Used when:   the reduction is not none; after the rows
+// Reads:       partials.sums [num_sums]; partials.counts [num_counts], if there; counts [2], if
+// given Writes:      loss, counts Shared mem:  merge_block's     Sync: merge_block's Numerics:
+// double; the loss is cast once Assumes:     gridDim.x is 1, blockDim.x a multiple of 32
+// (launch_cuda.cu) Used when:   the reduction is not none; after the rows
 template <typename acc_t>
 __global__ void __launch_bounds__(kReduceThreads, kMinBlocks)
     outlier_exposure_write_loss_kernel(LossOutput<acc_t> output, DivisorRule rule,
                                        const double* counts, int64_t num_rows, Partials partials) {
-  const GroupSums sums = merge_partials(partials.sums, partials.num_sums);
+  GroupSums sums = merge_partials(partials.sums, partials.num_sums);
+  if (partials.counts != nullptr) {
+    sums.counts = merge_partials(partials.counts, partials.num_counts);
+  }
   if (threadIdx.x == 0) {
     output.write(sums, rule, counts, num_rows);
   }

@@ -152,7 +152,7 @@ __device__ void write_lane_gradients(const RowGradient<acc_t>& gradient, const s
 // Reads:       logits [num_rows, num_classes], 1 pass, plus the logit at the label; for the
 //              gradient again those that fill no vector, and all if a row does not fit the stage
 //              (from L2: the block has just read them); labels and alpha [num_rows];
-//              partials.counts
+//              class_weights [num_classes]; partials.counts
 // Writes:      on request row_loss, row_cross_entropy, row_max, row_sum_exp, [num_rows], and
 //              grad_logits, 1 pass, zeros for rows that do not count;
 //              partials.sums [gridDim.x]
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
     CUDA_KERNEL_ASSERT(kind != RowKind::kInvalid && "target must be a class or a special label");
     const scalar_t* x = args.logits + (exists ? args.layout.row_offset(row) : 0);
     const int64_t cls = args.class_here(label, kind);
-    const auto coefficients = args.coefficients(row, kind);
+    const auto coefficients = args.coefficients(row, label, kind);
     const bool active = args.is_active(coefficients, kind);
     RowStats<acc_t> stats;
     if (active) {
@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
     stats = team.merge(stats);
     if (exists && team.lane == 0) {
       const acc_t label_shifted = cls >= 0 ? logit_at(x, args.layout, cls) - stats.max : acc_t(0);
-      sums.add(kind, static_cast<double>(
-                         args.write_row(row, coefficients, active, stats, label_shifted)));
+      const acc_t loss = args.write_row(row, coefficients, kind, active, stats, label_shifted);
+      sums.add(kind, static_cast<double>(coefficients.weight), static_cast<double>(loss));
     }
     if (exists && args.grad_logits != nullptr) {
       write_lane_gradients<kSize>(
@@ -213,9 +213,9 @@ __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
 
 // The gradient of every row.
 // Work split:  as the forward kernel's
-// Reads:       logits [num_rows, num_classes], 1 pass; the statistics, labels, alpha and upstream
-//              gradient of each row. Only the upstream gradient, if it is 1 and the forward wrote
-//              the gradient
+// Reads:       logits [num_rows, num_classes], 1 pass; the statistics, labels, alpha, class weight
+//              and upstream gradient of each row. Only the upstream gradient, if it is 1 and the
+//              forward wrote the gradient
 // Writes:      grad_logits, 1 pass; zeros for rows that do not count
 // Shared mem:  none     Sync: none
 // Numerics:    acc_t until the store: the upstream gradient multiplies before the cast

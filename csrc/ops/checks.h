@@ -1,6 +1,6 @@
 // All validation of a caller's arguments. Every backend calls it, also Meta: inference mode skips
-// the autograd layer. Nothing here reads a tensor's elements, so nothing synchronises; the kernels
-// check the labels.
+// the autograd layer. check_inputs() reads no tensor's elements, so it never synchronises; the
+// kernels check the labels.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -104,7 +104,7 @@ inline void check_same_device(const at::Tensor& logits, const at::Tensor& other,
 
 // alpha is a number, or a tensor with one weight per position; the tensor takes precedence.
 inline void check_alpha(const LossInputs& inputs) {
-  const auto& [logits, target, alpha_tensor, options] = inputs;
+  const auto& [logits, target, alpha_tensor, weight, options] = inputs;
   const double alpha = options.alpha;
   if (!alpha_tensor.has_value()) {
     TORCH_CHECK_VALUE(std::isfinite(alpha),
@@ -129,6 +129,31 @@ inline void check_alpha(const LossInputs& inputs) {
                     " does not broadcast against target of shape ", to);
 }
 
+inline void check_weight(const LossInputs& inputs) {
+  if (!inputs.weight.has_value()) {
+    return;
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !inputs.options.is_part(),
+      "_outlier_exposure_loss: a part of the classes takes no weight; it can multiply the rows");
+  const at::Tensor& weight = *inputs.weight;
+  TORCH_CHECK_TYPE(at::isFloatingType(weight.scalar_type()),
+                   "outlier_exposure_loss: weight must have a floating-point dtype, such as ",
+                   loss_dtype(inputs.logits), " of the loss, got ", weight.scalar_type());
+  check_same_device(inputs.logits, weight, "weight");
+  TORCH_CHECK_VALUE(
+      weight.dim() == 1 &&
+          weight.sym_size(0).sym_eq(inputs.logits.sym_size(1)).expect_true(__FILE__, __LINE__),
+      "outlier_exposure_loss: weight must have one element per class, so shape [",
+      inputs.logits.sym_size(1), "], got ", weight.sym_sizes());
+}
+
+inline void check_label_smoothing(const LossInputs& inputs) {
+  const double smoothing = inputs.options.label_smoothing;
+  TORCH_CHECK_VALUE(smoothing >= 0 && smoothing <= 1,  // false for NaN
+                    "outlier_exposure_loss: label_smoothing must be in [0, 1], got ", smoothing);
+}
+
 // Checks that the logits fit num_classes and first_class.
 inline void check_classes(const LossInputs& inputs) {
   const LossOptions& options = inputs.options;
@@ -150,7 +175,22 @@ inline void check_inputs(const LossInputs& inputs) {
   check_shapes(inputs.logits, inputs.target);
   check_same_device(inputs.logits, inputs.target, "target");
   check_alpha(inputs);
+  check_weight(inputs);
+  check_label_smoothing(inputs);
   check_classes(inputs);
+}
+
+// For weights on the CPU, float32 or float64.
+inline void check_weight_values(const at::Tensor& weight) {
+  const auto check = [&](const auto* values) {
+    for (int64_t cls = 0; cls < weight.numel(); ++cls) {
+      TORCH_CHECK_VALUE(values[cls] >= 0 && std::isfinite(values[cls]),
+                        "outlier_exposure_loss: weight must be finite and not negative, got ",
+                        values[cls], " for class ", cls);
+    }
+  };
+  weight.scalar_type() == at::kDouble ? check(weight.const_data_ptr<double>())
+                                      : check(weight.const_data_ptr<float>());
 }
 
 // Reports the row in which a kernel found an illegal label; -1 is none.
@@ -185,7 +225,7 @@ inline void check_labels(int64_t bad_row, const Labels& labels, const at::Tensor
                     " (C = ", rule.num_classes, ")", advice);
 }
 
-// counts: of inliers and of outliers, the divisors of a mean.
+// counts: what a mean divides by.
 inline void check_counts(const char* name, const at::Tensor& logits, const at::Tensor& counts,
                          int64_t size) {
   TORCH_CHECK(
@@ -198,10 +238,10 @@ inline void check_counts(const char* name, const at::Tensor& logits, const at::T
 // Checks the arguments that the forward operator has beside the inputs of the loss.
 inline void check_forward(const LossInputs& inputs, const OptionalTensor& counts,
                           bool unit_gradient) {
-  constexpr const char* kName = "_outlier_exposure_loss_forward";
+  constexpr const char* kName = "outlier_exposure_loss";
   const Reduction& reduction = inputs.options.reduction;
-  TORCH_CHECK_VALUE(!unit_gradient || reduction.is_scalar, kName,
-                    ": unit_gradient needs a loss that is a scalar, got reduction '",
+  TORCH_CHECK_VALUE(!unit_gradient || reduction.is_scalar, "_", kName,
+                    "_forward: unit_gradient needs a loss that is a scalar, got reduction '",
                     reduction.name, "'");
   if (counts.has_value()) {
     TORCH_CHECK_VALUE(reduction.divisors.counts(), kName,
@@ -214,7 +254,7 @@ inline void check_forward(const LossInputs& inputs, const OptionalTensor& counts
 inline void check_backward(const at::Tensor& grad, const LossInputs& inputs,
                            const RowStatistics& statistics) {
   constexpr const char* kName = "_outlier_exposure_loss_backward";
-  const auto& [logits, target, alpha_tensor, options] = inputs;
+  const auto& [logits, target, alpha_tensor, weight, options] = inputs;
   const auto check_row_statistic = [&](const at::Tensor& values, std::string_view name) {
     TORCH_CHECK(values.scalar_type() == loss_dtype(inputs.logits) &&
                     values.sym_sizes().equals(inputs.target.sym_sizes()),

@@ -16,21 +16,24 @@ TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
   // 0-dim alpha into a number, which loses its gradient.
   m.def(
       "outlier_exposure_loss.tensor_alpha(Tensor logits, Tensor target, Tensor alpha, "
-      "str reduction=\"mean\", *, SymInt? ignore_index=None, SymInt? ood_index=None) -> Tensor",
+      "str reduction=\"mean\", *, SymInt? ignore_index=None, SymInt? ood_index=None, "
+      "Tensor? weight=None, float label_smoothing=0.0) -> Tensor",
       tags);
   m.def(
       "outlier_exposure_loss(Tensor logits, Tensor target, float alpha=0.5, "
-      "str reduction=\"mean\", *, SymInt? ignore_index=None, SymInt? ood_index=None) -> Tensor",
+      "str reduction=\"mean\", *, SymInt? ignore_index=None, SymInt? ood_index=None, "
+      "Tensor? weight=None, float label_smoothing=0.0) -> Tensor",
       tags);
 
   // The loss, with the values that its backward needs. alpha_tensor, if given, replaces alpha. With
   // num_classes, the logits hold only a part of that many classes, from first_class on. The loss is
   // then that of the part alone, and has no derivative.
-  //   row_cross_entropy  shape of target: the loss before its weight, for the gradient of
+  //   row_cross_entropy  shape of target: the loss for an alpha of 1, for the gradient of
   //                      alpha_tensor; empty without one
   //   row_max, row_sum_exp  shape of target: the maximum, and the sum of exp(logit - maximum)
-  //   counts             float64 [2]: the counts of inliers and outliers that a mean divides by,
-  //                      given or taken from this target; empty for "none"
+  //   counts             float64 [2]: what a mean divides by, given or taken from this target: the
+  //                      number of inliers, or their summed class weights, and the number of
+  //                      outliers; empty for "none"
   //   unit_gradient      shape of logits: the gradient for an upstream gradient of 1, if True
   //                      asks for it (not for "none"); else empty. With None the operator decides
   //                      whether a backward will want it, and only its autograd node has it
@@ -38,8 +41,9 @@ TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
       "_outlier_exposure_loss_forward(Tensor logits, Tensor target, float alpha, "
       "Tensor? alpha_tensor, str reduction, SymInt? ignore_index, SymInt? ood_index, "
       "bool? unit_gradient=None, Tensor? counts=None, SymInt? num_classes=None, "
-      "SymInt first_class=0) -> (Tensor loss, Tensor row_cross_entropy, Tensor row_max, "
-      "Tensor row_sum_exp, Tensor counts, Tensor unit_gradient)",
+      "SymInt first_class=0, Tensor? weight=None, float label_smoothing=0.0) -> (Tensor loss, "
+      "Tensor row_cross_entropy, Tensor row_max, Tensor row_sum_exp, Tensor counts, "
+      "Tensor unit_gradient)",
       tags);
 
   // The gradient with respect to the logits. For a part of the classes, it is that of the loss over
@@ -47,8 +51,8 @@ TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
   m.def(
       "_outlier_exposure_loss_backward(Tensor grad, Tensor logits, Tensor target, Tensor row_max, "
       "Tensor row_sum_exp, Tensor counts, float alpha, Tensor? alpha_tensor, str reduction, "
-      "SymInt? ignore_index, SymInt? ood_index, SymInt? num_classes=None, SymInt first_class=0) "
-      "-> Tensor",
+      "SymInt? ignore_index, SymInt? ood_index, SymInt? num_classes=None, SymInt first_class=0, "
+      "Tensor? weight=None, float label_smoothing=0.0) -> Tensor",
       tags);
 
   // The same in place: turns the gradient for an upstream gradient of 1 into that for grad. If grad
@@ -56,8 +60,8 @@ TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
   m.def(
       "_outlier_exposure_loss_backward_from_unit(Tensor(a!) unit_gradient, Tensor grad, "
       "Tensor logits, Tensor target, Tensor row_max, Tensor row_sum_exp, Tensor counts, "
-      "float alpha, Tensor? alpha_tensor, str reduction, SymInt? ignore_index, SymInt? ood_index) "
-      "-> ()",
+      "float alpha, Tensor? alpha_tensor, str reduction, SymInt? ignore_index, SymInt? ood_index, "
+      "Tensor? weight=None, float label_smoothing=0.0) -> ()",
       tags);
 }
 
@@ -77,45 +81,55 @@ at::Tensor call_loss(const LossInputs& inputs) {
       find_operator<decltype(Kernels::loss)>("oe_ext::outlier_exposure_loss");
   static const auto tensor = find_operator<decltype(Kernels::loss_tensor_alpha)>(
       "oe_ext::outlier_exposure_loss", "tensor_alpha");
-  const auto& [logits, target, alpha_tensor, options] = inputs;
+  const auto& [logits, target, alpha_tensor, weight, options] = inputs;
   return alpha_tensor.has_value()
              ? tensor.call(logits, target, *alpha_tensor, options.reduction.name,
-                           options.ignore_index, options.ood_index)
+                           options.ignore_index, options.ood_index, weight, options.label_smoothing)
              : number.call(logits, target, options.alpha, options.reduction.name,
-                           options.ignore_index, options.ood_index);
+                           options.ignore_index, options.ood_index, weight,
+                           options.label_smoothing);
 }
 
 ForwardResult call_forward(const LossInputs& inputs, const OptionalTensor& counts,
                            std::optional<bool> unit_gradient) {
   static const auto op =
       find_operator<decltype(Kernels::forward)>("oe_ext::_outlier_exposure_loss_forward");
-  const auto& [logits, target, alpha_tensor, options] = inputs;
+  const auto& [logits, target, alpha_tensor, weight, options] = inputs;
   return op.call(logits, target, options.alpha, alpha_tensor, options.reduction.name,
                  options.ignore_index, options.ood_index, unit_gradient, counts,
-                 options.num_classes, options.first_class);
+                 options.num_classes, options.first_class, weight, options.label_smoothing);
 }
 
 at::Tensor call_backward(const at::Tensor& grad, const LossInputs& inputs,
                          const RowStatistics& statistics) {
   static const auto op =
       find_operator<decltype(Kernels::backward)>("oe_ext::_outlier_exposure_loss_backward");
-  const auto& [logits, target, alpha_tensor, options] = inputs;
+  const auto& [logits, target, alpha_tensor, weight, options] = inputs;
   return op.call(grad, logits, target, statistics.row_max, statistics.row_sum_exp,
                  statistics.counts, options.alpha, alpha_tensor, options.reduction.name,
-                 options.ignore_index, options.ood_index, options.num_classes, options.first_class);
+                 options.ignore_index, options.ood_index, options.num_classes, options.first_class,
+                 weight, options.label_smoothing);
 }
 
 void call_backward_from_unit(at::Tensor& unit_gradient, const at::Tensor& grad,
                              const LossInputs& inputs, const RowStatistics& statistics) {
   static const auto op = find_operator<decltype(Kernels::backward_from_unit)>(
       "oe_ext::_outlier_exposure_loss_backward_from_unit");
-  const auto& [logits, target, alpha_tensor, options] = inputs;
+  const auto& [logits, target, alpha_tensor, weight, options] = inputs;
   op.call(unit_gradient, grad, logits, target, statistics.row_max, statistics.row_sum_exp,
           statistics.counts, options.alpha, alpha_tensor, options.reduction.name,
-          options.ignore_index, options.ood_index);
+          options.ignore_index, options.ood_index, weight, options.label_smoothing);
 }
 
 namespace {
+
+// The batching rules are in Python (oe_ext/_vmap.py). torch.library.register_vmap takes none for an
+// operator with a keyword-only tensor, such as weight, so the loss runs by the rule of the forward.
+struct BatchedKernels {
+  static at::Tensor loss(const LossInputs& inputs) {
+    return std::get<0>(call_forward(inputs, std::nullopt, std::nullopt));
+  }
+};
 
 OptionalSymInt symbolic(const std::optional<int64_t>& label) {
   return label.has_value() ? OptionalSymInt(*label) : std::nullopt;
@@ -123,25 +137,33 @@ OptionalSymInt symbolic(const std::optional<int64_t>& label) {
 
 }  // namespace
 
+TORCH_LIBRARY_IMPL(oe_ext, FuncTorchBatched, m) {
+  OutlierExposureKernels<BatchedKernels>::register_for(m);
+}
+
 at::Tensor outlier_exposure_loss(const at::Tensor& logits, const at::Tensor& target, double alpha,
                                  std::string_view reduction, std::optional<int64_t> ignore_index,
-                                 std::optional<int64_t> ood_index) {
-  return call_loss(
-      {logits,
-       target,
-       std::nullopt,
-       {alpha, parse_reduction(reduction), symbolic(ignore_index), symbolic(ood_index)}});
+                                 std::optional<int64_t> ood_index,
+                                 const std::optional<at::Tensor>& weight, double label_smoothing) {
+  return call_loss({logits,
+                    target,
+                    std::nullopt,
+                    weight,
+                    {alpha, parse_reduction(reduction), symbolic(ignore_index), symbolic(ood_index),
+                     label_smoothing}});
 }
 
 at::Tensor outlier_exposure_loss(const at::Tensor& logits, const at::Tensor& target,
                                  const at::Tensor& alpha, std::string_view reduction,
                                  std::optional<int64_t> ignore_index,
-                                 std::optional<int64_t> ood_index) {
-  return call_loss(
-      {logits,
-       target,
-       alpha,
-       {0.0, parse_reduction(reduction), symbolic(ignore_index), symbolic(ood_index)}});
+                                 std::optional<int64_t> ood_index,
+                                 const std::optional<at::Tensor>& weight, double label_smoothing) {
+  return call_loss({logits,
+                    target,
+                    alpha,
+                    weight,
+                    {0.0, parse_reduction(reduction), symbolic(ignore_index), symbolic(ood_index),
+                     label_smoothing}});
 }
 
 }  // namespace oe_ext

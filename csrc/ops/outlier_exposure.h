@@ -40,6 +40,7 @@ struct LossOptions {
   Reduction reduction = *find_reduction("none");
   OptionalSymInt ignore_index = std::nullopt;
   OptionalSymInt ood_index = std::nullopt;
+  double label_smoothing = 0;
   // If the logits hold only a part of the classes: the number of all classes, and the first one
   // here.
   OptionalSymInt num_classes = std::nullopt;
@@ -53,6 +54,7 @@ struct LossInputs {
   const at::Tensor& logits;
   const at::Tensor& target;
   const OptionalTensor& alpha_tensor;  // if given, replaces the alpha of the options
+  const OptionalTensor& weight;        // of the classes
   LossOptions options;
 };
 
@@ -67,42 +69,48 @@ struct RowStatistics {
 using ForwardResult =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Registers Kernels::loss, forward, backward and backward_from_unit, which take the structs above,
-// as kernels of the operators. Only this struct spells out the arguments as the dispatcher passes
+// Registers those of Kernels::loss, forward, backward and backward_from_unit that there are. They
+// take the structs above. Only this struct spells out the arguments as the dispatcher passes
 // them.
 template <typename Kernels>
 struct OutlierExposureKernels {
   static at::Tensor loss(const at::Tensor& logits, const at::Tensor& target, double alpha,
                          std::string_view reduction, OptionalSymInt ignore_index,
-                         OptionalSymInt ood_index) {
-    return Kernels::loss(
-        {logits,
-         target,
-         std::nullopt,
-         {alpha, parse_reduction(reduction), std::move(ignore_index), std::move(ood_index)}});
+                         OptionalSymInt ood_index, const OptionalTensor& weight,
+                         double label_smoothing) {
+    return Kernels::loss({logits,
+                          target,
+                          std::nullopt,
+                          weight,
+                          {alpha, parse_reduction(reduction), std::move(ignore_index),
+                           std::move(ood_index), label_smoothing}});
   }
 
   static at::Tensor loss_tensor_alpha(const at::Tensor& logits, const at::Tensor& target,
                                       const at::Tensor& alpha, std::string_view reduction,
-                                      OptionalSymInt ignore_index, OptionalSymInt ood_index) {
-    return Kernels::loss(
-        {logits,
-         target,
-         alpha,
-         {0.0, parse_reduction(reduction), std::move(ignore_index), std::move(ood_index)}});
+                                      OptionalSymInt ignore_index, OptionalSymInt ood_index,
+                                      const OptionalTensor& weight, double label_smoothing) {
+    return Kernels::loss({logits,
+                          target,
+                          alpha,
+                          weight,
+                          {0.0, parse_reduction(reduction), std::move(ignore_index),
+                           std::move(ood_index), label_smoothing}});
   }
 
   static ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, double alpha,
                                const OptionalTensor& alpha_tensor, std::string_view reduction,
                                OptionalSymInt ignore_index, OptionalSymInt ood_index,
                                std::optional<bool> unit_gradient, const OptionalTensor& counts,
-                               OptionalSymInt num_classes, c10::SymInt first_class) {
+                               OptionalSymInt num_classes, c10::SymInt first_class,
+                               const OptionalTensor& weight, double label_smoothing) {
     return Kernels::forward(
         {logits,
          target,
          alpha_tensor,
+         weight,
          {alpha, parse_reduction(reduction), std::move(ignore_index), std::move(ood_index),
-          std::move(num_classes), std::move(first_class)}},
+          label_smoothing, std::move(num_classes), std::move(first_class)}},
         counts, unit_gradient);
   }
 
@@ -111,14 +119,16 @@ struct OutlierExposureKernels {
                              const at::Tensor& row_sum_exp, const at::Tensor& counts, double alpha,
                              const OptionalTensor& alpha_tensor, std::string_view reduction,
                              OptionalSymInt ignore_index, OptionalSymInt ood_index,
-                             OptionalSymInt num_classes, c10::SymInt first_class) {
+                             OptionalSymInt num_classes, c10::SymInt first_class,
+                             const OptionalTensor& weight, double label_smoothing) {
     return Kernels::backward(
         grad,
         {logits,
          target,
          alpha_tensor,
+         weight,
          {alpha, parse_reduction(reduction), std::move(ignore_index), std::move(ood_index),
-          std::move(num_classes), std::move(first_class)}},
+          label_smoothing, std::move(num_classes), std::move(first_class)}},
         {row_max, row_sum_exp, counts});
   }
 
@@ -127,21 +137,25 @@ struct OutlierExposureKernels {
                                  const at::Tensor& row_max, const at::Tensor& row_sum_exp,
                                  const at::Tensor& counts, double alpha,
                                  const OptionalTensor& alpha_tensor, std::string_view reduction,
-                                 OptionalSymInt ignore_index, OptionalSymInt ood_index) {
-    Kernels::backward_from_unit(
-        unit_gradient, grad,
-        {logits,
-         target,
-         alpha_tensor,
-         {alpha, parse_reduction(reduction), std::move(ignore_index), std::move(ood_index)}},
-        {row_max, row_sum_exp, counts});
+                                 OptionalSymInt ignore_index, OptionalSymInt ood_index,
+                                 const OptionalTensor& weight, double label_smoothing) {
+    Kernels::backward_from_unit(unit_gradient, grad,
+                                {logits,
+                                 target,
+                                 alpha_tensor,
+                                 weight,
+                                 {alpha, parse_reduction(reduction), std::move(ignore_index),
+                                  std::move(ood_index), label_smoothing}},
+                                {row_max, row_sum_exp, counts});
   }
 
   static void register_for(torch::Library& m) {
     m.impl("outlier_exposure_loss", TORCH_FN(loss));
     m.impl("outlier_exposure_loss.tensor_alpha", TORCH_FN(loss_tensor_alpha));
-    m.impl("_outlier_exposure_loss_forward", TORCH_FN(forward));
-    m.impl("_outlier_exposure_loss_backward", TORCH_FN(backward));
+    if constexpr (requires { &Kernels::forward; }) {
+      m.impl("_outlier_exposure_loss_forward", TORCH_FN(forward));
+      m.impl("_outlier_exposure_loss_backward", TORCH_FN(backward));
+    }
     if constexpr (requires { &Kernels::backward_from_unit; }) {
       m.impl("_outlier_exposure_loss_backward_from_unit", TORCH_FN(backward_from_unit));
     }

@@ -3,13 +3,17 @@
 //     forward(ForwardArgs)    the outputs whose pointers are set: the loss, the statistics of every
 //                             row, the gradient for an upstream gradient of 1
 //     backward(BackwardArgs)  the gradient of every row
-// Both return the first row with an illegal label, or -1. A device that would need a
-// synchronisation for that asserts in its kernel and returns -1.
+// and kSpreadsSmoothing: whether they run on the host, where the values of class weights are
+// checked and make RowArgs::class_spread. ATen operators do its work for other backends. Both
+// return the first row with an illegal label, or -1. A device that would need a synchronisation for
+// that asserts in its kernel and returns -1.
 #pragma once
 
 #include <ATen/Dispatch.h>
+#include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/mean.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -18,6 +22,7 @@
 
 #include "../core/kernel_args.h"
 #include "checks.h"
+#include "outlier_exposure_composed.h"
 #include "row_view.h"
 
 namespace oe_ext {
@@ -73,14 +78,21 @@ class RowVector {
 // The inputs of the loss as the kernels read them, in both directions. Keeps the tensors alive.
 class KernelInputs {
  public:
-  KernelInputs(const LossInputs& inputs, const OptionalTensor& counts)
+  KernelInputs(const LossInputs& inputs, const OptionalTensor& counts, bool spreads_smoothing)
       : logits_(rows_to_read(inputs.logits)),
         target_(inputs.target.contiguous()),
         labels_(make_labels(target_, inputs)),
         alpha_(inputs.options.alpha),
+        label_smoothing_(inputs.options.label_smoothing),
         divisor_rule_(inputs.options.reduction.divisors) {
     if (inputs.alpha_tensor.has_value()) {
       alphas_.emplace(*inputs.alpha_tensor, inputs.target, loss_dtype(inputs.logits));
+    }
+    if (inputs.weight.has_value()) {
+      class_weights_ = inputs.weight->to(loss_dtype(inputs.logits)).contiguous();
+      if (spreads_smoothing) {
+        spread_smoothing();
+      }
     }
     if (counts.has_value() && counts->numel() > 0) {
       counts_ = counts->contiguous();
@@ -98,6 +110,15 @@ class KernelInputs {
     if (alphas_.has_value()) {
       args.alpha.values = alphas_->template per_row<acc_t>();
     }
+    if (class_weights_.defined()) {
+      args.class_weights.data = class_weights_.template const_data_ptr<acc_t>();
+    }
+    if (class_spread_.defined()) {
+      args.class_spread = class_spread_.template const_data_ptr<acc_t>();
+      args.spread_smoothing = {static_cast<acc_t>(1 - label_smoothing_),
+                               static_cast<acc_t>(label_smoothing_ * mean_class_weight_)};
+    }
+    args.label_smoothing = static_cast<acc_t>(label_smoothing_);
     args.divisor_rule = divisor_rule_;
     if (counts_.defined()) {
       args.counts = counts_.const_data_ptr<double>();
@@ -105,11 +126,25 @@ class KernelInputs {
   }
 
  private:
+  void spread_smoothing() {
+    check_weight_values(class_weights_);
+    if (label_smoothing_ != 0) {
+      mean_class_weight_ = class_weights_.mean(at::kDouble).item<double>();
+    }
+    if (mean_class_weight_ != 0) {
+      class_spread_ = class_weights_.div(mean_class_weight_);
+    }
+  }
+
   RowView logits_;
   at::Tensor target_;
   Labels labels_;
   double alpha_;
   std::optional<RowVector> alphas_;
+  at::Tensor class_weights_;
+  at::Tensor class_spread_;
+  double mean_class_weight_ = 0;
+  double label_smoothing_;
   DivisorRule divisor_rule_;
   at::Tensor counts_;
 };
@@ -144,12 +179,25 @@ class KernelGradient {
 template <typename Backend>
 struct BackendKernels {
   static at::Tensor loss(const LossInputs& inputs) {
-    return std::get<0>(run_forward(inputs, std::nullopt, /*for_backward=*/false, false));
+    return is_composed(inputs)
+               ? std::get<0>(forward(inputs, std::nullopt, /*unit_gradient=*/false))
+               : std::get<0>(run_forward(inputs, std::nullopt, /*for_backward=*/false, false,
+                                         /*keeps_cross_entropy=*/false));
   }
 
   static ForwardResult forward(const LossInputs& inputs, const OptionalTensor& counts,
                                std::optional<bool> unit_gradient) {
-    return run_forward(inputs, counts, /*for_backward=*/true, unit_gradient.value_or(false));
+    const bool writes_gradient = unit_gradient.value_or(false);
+    if (!is_composed(inputs)) {
+      return run_forward(inputs, counts, /*for_backward=*/true, writes_gradient,
+                         /*keeps_cross_entropy=*/inputs.alpha_tensor.has_value());
+    }
+    check_inputs(inputs);
+    LossInputs of_weights = inputs;
+    of_weights.options.label_smoothing = 0;
+    return with_weighted_smoothing(
+        inputs, run_forward(of_weights, counts, /*for_backward=*/true, false, true),
+        writes_gradient);
   }
 
   static at::Tensor backward(const at::Tensor& grad, const LossInputs& inputs,
@@ -168,8 +216,14 @@ struct BackendKernels {
   }
 
  private:
+  static bool is_composed(const LossInputs& inputs) {
+    return !Backend::kSpreadsSmoothing && inputs.weight.has_value() &&
+           inputs.options.label_smoothing != 0;
+  }
+
   static ForwardResult run_forward(const LossInputs& inputs, const OptionalTensor& given_counts,
-                                   bool for_backward, bool writes_gradient) {
+                                   bool for_backward, bool writes_gradient,
+                                   bool keeps_cross_entropy) {
     const at::Tensor& logits = inputs.logits;
     const at::Tensor& target = inputs.target;
     check_inputs(inputs);
@@ -178,7 +232,6 @@ struct BackendKernels {
 
     const auto options = logits.options().dtype(loss_dtype(logits));
     const bool is_scalar = inputs.options.reduction.is_scalar;
-    const bool keeps_cross_entropy = for_backward && inputs.alpha_tensor.has_value();
     const auto per_row = [&](bool needed) {
       return needed ? at::empty(target.sizes(), options) : at::empty({0}, options);
     };
@@ -192,7 +245,7 @@ struct BackendKernels {
       unit_gradient = writes_gradient ? at::empty_like(logits) : at::empty({0}, logits.options());
     }
 
-    const KernelInputs kernel_inputs(inputs, given_counts);
+    const KernelInputs kernel_inputs(inputs, given_counts, Backend::kSpreadsSmoothing);
     std::optional<KernelGradient> gradient;
     if (writes_gradient) {
       gradient.emplace(unit_gradient);
@@ -236,8 +289,12 @@ struct BackendKernels {
     }
     const at::Tensor& logits = inputs.logits;
     const c10::DeviceGuard guard(logits.device());
+    if (is_composed(inputs)) {
+      grad_logits.copy_(composed_gradient(grad, inputs, statistics.counts));
+      return;
+    }
 
-    const KernelInputs kernel_inputs(inputs, statistics.counts);
+    const KernelInputs kernel_inputs(inputs, statistics.counts, Backend::kSpreadsSmoothing);
     const KernelGradient gradient(grad_logits);
     const at::Tensor row_max = statistics.row_max.contiguous();
     const at::Tensor row_sum_exp = statistics.row_sum_exp.contiguous();

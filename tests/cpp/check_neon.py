@@ -16,9 +16,9 @@ LEAST = {
     "forward_tile<double, double>": ("2d", 32 // 2 * 14),
     "backward_tile<.*float>": ("4s", 9 + 1),
     "backward_tile<double, double>": ("2d", 14 + 1),
-    # Classes of a tile: two at once, and the last.
-    "add_exponentials<float>": ("4s", 3 * 9),
-    "add_exponentials<double>": ("2d", 3 * 14),
+    # Classes of a tile, with a spread of the smoothing and without: two at once, and the last.
+    r"add_exponentials<\w+, float>": ("4s", 3 * 9),
+    r"add_exponentials<\w+, double>": ("2d", 3 * 14),
     "finish_rows<.*float>": ("4s", 7),
     "finish_rows<double, double>": ("2d", 13),
     "finish_gradients<.*float>": ("4s", 1),

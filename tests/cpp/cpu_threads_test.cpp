@@ -12,6 +12,13 @@
 namespace oe_ext::testing {
 namespace {
 
+// With class weights: the bits of their sum depend on its order, too.
+Problem<float> make_problem(Shape shape, Layout layout, LabelType labels = LabelType::kInt64) {
+  Problem<float> problem(shape, layout, labels);
+  problem.options = {.class_weights = true, .label_smoothing = 0.1};
+  return problem;
+}
+
 // The outputs of one forward and backward.
 struct Outputs {
   explicit Outputs(const Problem<float>& problem)
@@ -23,7 +30,7 @@ struct Outputs {
         gradient(problem.logits.size()) {}
 
   void compute(const Problem<float>& problem) {
-    auto forward = problem.inputs<ForwardArgs<float, float>>(*find_reduction("group_mean"), false);
+    auto forward = problem.inputs<ForwardArgs<float, float>>(*find_reduction("group_mean"));
     forward.output = {loss.data(), counts.data()};
     forward.row_max = max.data();
     forward.row_sum_exp = sum_exp.data();
@@ -31,8 +38,7 @@ struct Outputs {
     forward.grad_logits = unit_gradient.data();
     ASSERT_EQ(run(forward), -1);
     const float upstream = 3;
-    auto backward =
-        problem.inputs<BackwardArgs<float, float>>(*find_reduction("group_mean"), false);
+    auto backward = problem.inputs<BackwardArgs<float, float>>(*find_reduction("group_mean"));
     backward.grad = {&upstream, 0};
     backward.row_max = max.data();
     backward.row_sum_exp = sum_exp.data();
@@ -73,7 +79,7 @@ const std::pair<Shape, Layout> kProblems[] = {
 
 TEST(Threads, AnyNumberGivesTheSameBits) {
   for (const auto& [shape, layout] : kProblems) {
-    const Problem<float> problem(shape, layout, LabelType::kInt64);
+    const Problem<float> problem = make_problem(shape, layout);
     const Outputs expected = outputs_of(problem, 1);
     for (const int64_t threads : {2, 3, 8}) {
       EXPECT_TRUE(outputs_of(problem, threads).has_bits_of(expected)) << threads << " threads";
@@ -83,12 +89,12 @@ TEST(Threads, AnyNumberGivesTheSameBits) {
 
 // More than 32 MiB, so the pages of the gradient are populated first.
 TEST(Threads, LargeGradient) {
-  const Problem<float> problem({1, 9001, 1031}, Layout::kRows, LabelType::kInt16);
+  const Problem<float> problem = make_problem({1, 9001, 1031}, Layout::kRows, LabelType::kInt16);
   EXPECT_TRUE(outputs_of(problem, 4).has_bits_of(outputs_of(problem, 1)));
 }
 
 TEST(Threads, TwoCallersAtOnce) {
-  const Problem<float> problem({3, 3001, 19}, Layout::kPixels, LabelType::kInt64);
+  const Problem<float> problem = make_problem({3, 3001, 19}, Layout::kPixels);
   const Outputs expected = outputs_of(problem, 2);
   Outputs first(problem);
   Outputs second(problem);
@@ -100,7 +106,7 @@ TEST(Threads, TwoCallersAtOnce) {
 }
 
 TEST(Threads, AnExceptionReachesTheCallerAsItIs) {
-  const Problem<float> problem({1, 3001, 65}, Layout::kRows, LabelType::kInt64);
+  const Problem<float> problem = make_problem({1, 3001, 65}, Layout::kRows);
   for (const int64_t threads : {1, 3}) {
     no_memory = true;
     EXPECT_THROW(outputs_of(problem, threads), std::bad_alloc) << threads << " threads";
@@ -111,12 +117,12 @@ TEST(Threads, AnExceptionReachesTheCallerAsItIs) {
 TEST(Labels, TheFirstIllegalOneIsReported) {
   num_threads = 3;
   for (const bool counts_first : {false, true}) {
-    Problem<float> problem({1, 3001, 65}, Layout::kRows, LabelType::kInt64);
+    Problem<float> problem = make_problem({1, 3001, 65}, Layout::kRows);
     auto* const labels = static_cast<int64_t*>(const_cast<void*>(problem.labels.labels.data));
     labels[1234] = 65;
     labels[1235] = std::numeric_limits<int64_t>::max();
     labels[2999] = 65;
-    auto args = problem.inputs<ForwardArgs<float, float>>(*find_reduction("mean"), false);
+    auto args = problem.inputs<ForwardArgs<float, float>>(*find_reduction("mean"));
     Buffer<float> loss(1);
     Buffer<double> counts(2, -1);
     Buffer<float> gradient(problem.logits.size());
@@ -130,7 +136,7 @@ TEST(Labels, TheFirstIllegalOneIsReported) {
 // ThreadSanitizer must find this race (CMakeLists.txt).
 TEST(Threads, DISABLED_PlantedRace) {
   threads_overlap = true;
-  outputs_of(Problem<float>({1, 3001, 65}, Layout::kRows, LabelType::kInt64), 2);
+  outputs_of(make_problem({1, 3001, 65}, Layout::kRows), 2);
 }
 
 }  // namespace

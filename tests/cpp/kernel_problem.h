@@ -1,163 +1,29 @@
-// The inputs and outputs of a kernel in raw memory, and the loss by its definition, in double.
-//
-// Each buffer is its own allocation and ends with its last element, so AddressSanitizer sees the
-// first byte after it. Outputs start as NaN; the gaps between the strides of a gradient start as a
-// number that must survive.
+// The inputs of a kernel, and the loss by its definition, in double.
 #pragma once
-
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-#include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <memory>
 #include <random>
-#include <string>
-#include <vector>
 
-#include "core/kernel_args.h"
+#include "kernel_memory.h"
 
 namespace oe_ext::testing {
 
-constexpr int64_t kIgnore = -100;
-constexpr int64_t kOutlier = 101;  // if the labels are unsigned
-
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size, T value = std::numeric_limits<T>::quiet_NaN())
-      : size_(size), data_(std::make_unique<T[]>(size)) {
-    std::fill_n(data(), size, value);
-  }
-  T* data() { return data_.get(); }
-  const T* data() const { return data_.get(); }
-  int64_t size() const { return size_; }
-  T& operator[](int64_t i) { return data_[i]; }
-  const T& operator[](int64_t i) const { return data_[i]; }
-
-  bool has_bits_of(const Buffer& other) const {
-    return size_ == other.size_ && std::memcmp(data(), other.data(), size_ * sizeof(T)) == 0;
-  }
-
- private:
-  int64_t size_;
-  std::unique_ptr<T[]> data_;
+// The options of a call, beside its reduction.
+struct Options {
+  bool alpha_of_each_row = false;
+  bool class_weights = false;
+  double label_smoothing = 0;
+  bool spreads_smoothing = false;  // by class weight, as in torch
 };
 
-enum class Layout {
-  kRows,         // [row][class]
-  kSliced,       // the same, in wider rows
-  kEverySecond,  // every second class of rows twice as wide
-  kImages,       // rows, in images that are not adjacent
-  kPixels,       // [image][class][pixel]
-  kOneRow,       // one row for all: only to read
-};
-
-struct Shape {
-  int64_t images;
-  int64_t pixels;
-  int64_t classes;
-
-  int64_t rows() const { return images * pixels; }
-};
-
-inline RowLayout make_layout(Layout kind, Shape shape) {
-  const int64_t classes = shape.classes;
-  RowLayout layout;
-  layout.num_outer = shape.images;
-  layout.num_inner = shape.pixels;
-  layout.num_classes = classes;
-  layout.inner_stride = classes;
-  layout.class_stride = 1;
-  if (kind == Layout::kSliced) {
-    layout.inner_stride = classes + 3;
-  } else if (kind == Layout::kEverySecond) {
-    layout.inner_stride = 2 * classes;
-    layout.class_stride = 2;
-  } else if (kind == Layout::kOneRow) {
-    layout.inner_stride = 0;
-  }
-  layout.outer_stride = shape.pixels * layout.inner_stride + (kind == Layout::kImages ? 5 : 0);
-  if (kind == Layout::kPixels) {
-    layout.outer_stride = shape.pixels * classes;
-    layout.inner_stride = 1;
-    layout.class_stride = shape.pixels;
-  }
-  return layout;
-}
-
-// The number of elements from the first to the last.
-inline int64_t extent(const RowLayout& layout) {
-  if (layout.num_rows() == 0) {
-    return 0;
-  }
-  return (layout.num_outer - 1) * layout.outer_stride +
-         (layout.num_inner - 1) * layout.inner_stride +
-         (layout.num_classes - 1) * layout.class_stride + 1;
-}
-
-inline std::vector<bool> elements_of(const RowLayout& layout) {
-  std::vector<bool> is_element(extent(layout));
-  for (int64_t row = 0; row < layout.num_rows(); ++row) {
-    for (int64_t cls = 0; cls < layout.num_classes; ++cls) {
-      is_element[layout.row_offset(row) + layout.class_offset(cls)] = true;
-    }
-  }
-  return is_element;
-}
-
-template <typename T>
-bool is_nan(T x) {
-  return std::isnan(static_cast<double>(x));
-}
-
-// Labels in their own type, of every kind.
-class LabelBuffer {
- public:
-  LabelBuffer(LabelType type, Shape shape, std::mt19937& random)
-      : is_unsigned_(type == LabelType::kUInt8 || type == LabelType::kUInt16 ||
-                     type == LabelType::kUInt32) {
-    labels.type = type;
-    labels.rule.num_classes = shape.classes;
-    labels.rule.has_ignore_index = true;
-    labels.rule.ignore_index = is_unsigned_ ? 255 : kIgnore;
-    labels.rule.has_ood_index = is_unsigned_;
-    labels.rule.ood_index = kOutlier;
-    size_t size = sizeof(int64_t);
-    const auto is_one_of = [type](LabelType a, LabelType b) { return type == a || type == b; };
-    size = is_one_of(LabelType::kInt32, LabelType::kUInt32) ? sizeof(int32_t) : size;
-    size = is_one_of(LabelType::kInt16, LabelType::kUInt16) ? sizeof(int16_t) : size;
-    size = is_one_of(LabelType::kInt8, LabelType::kUInt8) ? sizeof(int8_t) : size;
-    memory_ = std::make_unique<char[]>(shape.rows() * size);
-    labels.data = memory_.get();
-    // The labels that the type can hold, beside the special labels.
-    const int64_t highest = std::min<int64_t>(shape.classes - 1, size == 1 ? 100 : 30000);
-    for (int64_t row = 0; row < shape.rows(); ++row) {
-      const auto kind = random() % 8;
-      const int64_t outlier = is_unsigned_ ? kOutlier : -1 - static_cast<int64_t>(random() % 90);
-      const int64_t inlier = static_cast<int64_t>(random() % (highest + 1));
-      const int64_t label = kind == 0 ? labels.rule.ignore_index : (kind < 4 ? outlier : inlier);
-      std::memcpy(memory_.get() + row * size, &label, size);  // little-endian
-    }
-  }
-
-  RowKind kind(int64_t row) const { return labels.rule.kind(labels[row]); }
-
-  Labels labels;
-
- private:
-  bool is_unsigned_;
-  std::unique_ptr<char[]> memory_;
-};
-
-// A row's loss and gradient, by definition.
+// What a row's loss and gradient are made of, by definition.
 struct Expected {
   double max = 0;
   double sum_exp = 0;
-  double cross_entropy = 0;
+  double mean = 0;
+  double weighted_mean = 0;  // by class weight
 };
 
 template <typename scalar_t>
@@ -172,7 +38,21 @@ class Problem {
         logits(extent(this->layout)),
         labels(label_type, shape, random_),
         alphas(shape.rows()),
+        class_weights(shape.classes),
+        class_spread(shape.classes),
         upstream(shape.rows()) {
+    // So far apart that the bits of their sum depend on its order, and so many that no vector or
+    // tile begins with the same one as the last.
+    constexpr double kClassWeights[] = {0, 3e-7, 1000.7, 1.1, 20.3};
+    long double sum = 0;
+    for (int64_t cls = 0; cls < shape.classes; ++cls) {
+      class_weights[cls] = static_cast<acc_t>(kClassWeights[cls % 5]);
+      sum += class_weights[cls];
+    }
+    mean_class_weight_ = static_cast<double>(sum / shape.classes);
+    for (int64_t cls = 0; cls < shape.classes; ++cls) {
+      class_spread[cls] = static_cast<acc_t>(share(cls));
+    }
     std::normal_distribution<double> normal(0, 3);
     for (int64_t row = 0; row < shape.rows(); ++row) {
       alphas[row] = static_cast<acc_t>(0.25 + 0.5 * (row % 3));
@@ -194,62 +74,124 @@ class Problem {
   Expected expected(int64_t row) {
     Expected result;
     result.max = -std::numeric_limits<double>::infinity();
-    double mean = 0;
+    long double sum = 0;
+    long double weighted_sum = 0;
     for (int64_t cls = 0; cls < shape.classes; ++cls) {
       const auto x = static_cast<double>(at(row, cls));
       result.max = std::max(result.max, x);
-      mean += x / static_cast<double>(shape.classes);
+      sum += x;
+      weighted_sum += x * share(cls);
     }
+    result.mean = static_cast<double>(sum / shape.classes);
+    result.weighted_mean = static_cast<double>(weighted_sum / shape.classes);
     for (int64_t cls = 0; cls < shape.classes; ++cls) {
       result.sum_exp += std::exp(static_cast<double>(at(row, cls)) - result.max);
     }
-    const bool inlier = labels.kind(row) == RowKind::kInlier;
-    const double q_x = inlier ? static_cast<double>(at(row, labels.labels[row])) : mean;
-    result.cross_entropy = std::log(result.sum_exp) + result.max - q_x;
     return result;
+  }
+
+  // By what logsumexp(x) - <q, x> is multiplied: alpha, or the weight of the class. Where the
+  // smoothing is spread by class weight, these are (1 - e) w_y [c = y] + e / C w_c in all.
+  double weight(int64_t row) const {
+    const RowKind kind = labels.kind(row);
+    if (spreads(row)) {
+      return (1 - options.label_smoothing) * class_weight(row) +
+             options.label_smoothing * mean_class_weight_;
+    }
+    const acc_t alpha = options.alpha_of_each_row ? alphas[row] : kAlpha;
+    const double of_outlier = kind == RowKind::kOutlier ? static_cast<double>(alpha) : 0;
+    return kind == RowKind::kInlier ? class_weight(row) : of_outlier;
+  }
+
+  // logsumexp(x) - <q, x>
+  double cross_entropy(int64_t row, const Expected& of_row) {
+    const double uniform = uniform_part(row);
+    double q_x = uniform * (spreads(row) ? of_row.weighted_mean : of_row.mean);
+    if (uniform != 1) {
+      q_x += (1 - uniform) * static_cast<double>(at(row, labels.labels[row]));
+    }
+    return std::log(of_row.sum_exp) + of_row.max - q_x;
   }
 
   // softmax - q
   double expected_gradient(int64_t row, int64_t cls, const Expected& of_row) {
     const double softmax =
         std::exp(static_cast<double>(at(row, cls)) - of_row.max) / of_row.sum_exp;
-    const bool inlier = labels.kind(row) == RowKind::kInlier;
-    const double one_hot = cls == labels.labels[row] ? 1 : 0;
-    return softmax - (inlier ? one_hot : 1 / static_cast<double>(shape.classes));
+    const double uniform = uniform_part(row);
+    const double at_label = cls == labels.labels[row] ? 1 - uniform : 0;
+    const double at_class = uniform / static_cast<double>(shape.classes);
+    return softmax - at_label - (spreads(row) ? share(cls) * at_class : at_class);
   }
 
   GroupCounts counts() const {
     GroupCounts result;
     for (int64_t row = 0; row < shape.rows(); ++row) {
-      result.add(labels.kind(row));
+      result.inliers += labels.kind(row) == RowKind::kInlier ? class_weight(row) : 0;
+      result.outliers += labels.kind(row) == RowKind::kOutlier ? 1 : 0;
     }
     return result;
   }
 
   // The arguments common to forward and backward.
   template <typename Args>
-  Args inputs(const Reduction& reduction, bool alpha_of_each_row) const {
+  Args inputs(const Reduction& reduction) const {
     Args args;
     args.layout = layout;
     args.logits = logits.data();
     args.labels = labels.labels;
     args.divisor_rule = reduction.divisors;
-    args.alpha.value = acc_t(0.5);
-    if (alpha_of_each_row) {
+    args.alpha.value = kAlpha;
+    if (options.alpha_of_each_row) {
       args.alpha.values = {alphas.data(), 1};
+    }
+    if (options.class_weights) {
+      args.class_weights.data = class_weights.data();
+    }
+    args.label_smoothing = static_cast<acc_t>(options.label_smoothing);
+    if (options.spreads_smoothing && mean_class_weight_ != 0) {
+      args.class_spread = class_spread.data();
+      args.spread_smoothing = {static_cast<acc_t>(1 - options.label_smoothing),
+                               static_cast<acc_t>(options.label_smoothing * mean_class_weight_)};
     }
     return args;
   }
 
  private:
+  static constexpr acc_t kAlpha = acc_t(0.5);
+
+  bool spreads(int64_t row) const {
+    return options.spreads_smoothing && mean_class_weight_ != 0 &&
+           labels.kind(row) == RowKind::kInlier;
+  }
+
+  double class_weight(int64_t row) const {
+    return options.class_weights ? static_cast<double>(class_weights[labels.labels[row]]) : 1;
+  }
+
+  double share(int64_t cls) const {
+    return static_cast<double>(class_weights[cls]) / mean_class_weight_;
+  }
+
+  // How much of q is spread over all classes; the rest is at the label.
+  double uniform_part(int64_t row) const {
+    const double smoothing = options.label_smoothing;
+    const double of_inlier =
+        spreads(row) ? smoothing * mean_class_weight_ / weight(row) : smoothing;
+    return labels.kind(row) == RowKind::kInlier ? of_inlier : 1;
+  }
+
   std::mt19937 random_;
+  double mean_class_weight_ = 0;
 
  public:
   Shape shape;
   RowLayout layout;
+  Options options;
   Buffer<scalar_t> logits;
   LabelBuffer labels;
   Buffer<acc_t> alphas;
+  Buffer<acc_t> class_weights;
+  Buffer<acc_t> class_spread;  // over their mean
   Buffer<acc_t> upstream;
 };
 

@@ -2,6 +2,8 @@
 // They must touch nothing but their arguments. Compiled for each backend (kernels.h).
 #include "kernels.h"
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <gtest/gtest.h>
 
 #include "kernel_problem.h"
@@ -9,11 +11,14 @@
 namespace oe_ext::testing {
 namespace {
 
-// Fibers are slow: they run only one of this many problems.
+// Fibers are slow: they run only one of this many problems. And the kernels of csrc/cuda do not
+// spread smoothing by class weight.
 #ifdef SIMT_CPU
 constexpr size_t kEvery = 17;
+constexpr bool kSpreadsSmoothing = false;
 #else
 constexpr size_t kEvery = 1;
+constexpr bool kSpreadsSmoothing = true;
 #endif
 
 constexpr LabelType kLabelTypes[] = {LabelType::kInt64, LabelType::kInt32, LabelType::kInt16,
@@ -41,6 +46,15 @@ constexpr Shape kShapes[] = {
 // whose classes fit neither.
 constexpr Shape kLargeShapes[] = {{1, 2, 33000}, {1, 2, 70001}, {1, 19, 4999}};
 
+// Every reduction is tried with the first two, and with one of the others.
+constexpr Options kPlainOptions[] = {{}, {.alpha_of_each_row = true}};
+constexpr Options kMoreOptions[] = {
+    {.class_weights = true},
+    {.alpha_of_each_row = true, .label_smoothing = 0.1},
+    {.alpha_of_each_row = true, .class_weights = true, .label_smoothing = 1},
+    {.class_weights = true, .label_smoothing = 0.1, .spreads_smoothing = kSpreadsSmoothing},
+};
+
 double unit_in_last_place(double x, double epsilon) { return epsilon * std::max(1.0, std::abs(x)); }
 
 template <typename T>
@@ -50,7 +64,6 @@ class Kernels : public ::testing::Test {
   using acc_t = typename Problem<T>::acc_t;
 
   static constexpr double kEpsilon = std::numeric_limits<acc_t>::epsilon();
-  static constexpr acc_t kAlpha = acc_t(0.5);
   const scalar_t kUntouched = scalar_t(-77.0F);
 
   // One problem through the forward and every way to its gradient.
@@ -62,46 +75,98 @@ class Kernels : public ::testing::Test {
       expected.push_back(ignored ? Expected() : problem.expected(row));
     }
     for (const Reduction& reduction : kReductions) {
-      for (const bool alpha_of_each_row : {false, true}) {
+      std::vector<Options> all_options(std::begin(kPlainOptions), std::end(kPlainOptions));
+      all_options.push_back(kMoreOptions[random_() % std::size(kMoreOptions)]);
+      for (const Options& options : all_options) {
         SCOPED_TRACE(::testing::Message()
                      << shape.images << "x" << shape.pixels << " rows of " << shape.classes
                      << ", layouts " << int(layouts.first) << " and " << int(layouts.second)
                      << ", labels " << int(label_type) << ", reduction " << reduction.name
-                     << (alpha_of_each_row ? ", an alpha for each row" : ""));
-        check(problem, expected, layouts.second, reduction, alpha_of_each_row);
+                     << (options.alpha_of_each_row ? ", an alpha for each row" : "")
+                     << (options.class_weights ? ", class weights" : "") << ", label smoothing "
+                     << options.label_smoothing
+                     << (options.spreads_smoothing ? " by class weight" : ""));
+        problem.options = options;
+        check(problem, expected, layouts.second, reduction);
+      }
+    }
+  }
+
+  // NaN and infinities in every fourth row.
+  void check_special_numbers(Shape shape, Layout layout, bool weightless) {
+    const double specials[] = {std::numeric_limits<double>::infinity(),
+                               std::numeric_limits<double>::quiet_NaN()};
+    Problem<T> problem(shape, layout, LabelType::kInt64);
+    for (int64_t row = 0; row < shape.rows(); row += 4) {
+      problem.at(row, row % shape.classes) = static_cast<scalar_t>(specials[row / 4 % 2]);
+    }
+    const Buffer<acc_t> zeros(std::max(shape.rows(), shape.classes), 0);
+    const auto inputs = [&](auto args) {
+      args = problem.template inputs<decltype(args)>(*find_reduction("none"));
+      if (weightless) {
+        args.alpha.values = {zeros.data(), 1};
+        args.class_weights.data = zeros.data();
+      }
+      return args;
+    };
+    Buffer<acc_t> loss(shape.rows());
+    Buffer<acc_t> cross_entropy(shape.rows());
+    Buffer<acc_t> max(shape.rows());
+    Buffer<acc_t> sum_exp(shape.rows());
+    Buffer<scalar_t> unit_gradient(problem.logits.size());
+    Buffer<scalar_t> gradient(problem.logits.size());
+    auto forward = inputs(ForwardArgs<scalar_t, acc_t>());
+    forward.row_loss = loss.data();
+    forward.row_cross_entropy = cross_entropy.data();
+    forward.row_max = max.data();
+    forward.row_sum_exp = sum_exp.data();
+    forward.grad_layout = problem.layout;
+    forward.grad_logits = unit_gradient.data();
+    ASSERT_EQ(run(forward), -1);
+    auto backward = inputs(BackwardArgs<scalar_t, acc_t>());
+    backward.grad = {problem.upstream.data(), 1};
+    backward.row_max = max.data();
+    backward.row_sum_exp = sum_exp.data();
+    backward.grad_layout = problem.layout;
+    backward.grad_logits = gradient.data();
+    ASSERT_EQ(run(backward), -1);
+    for (int64_t row = 0; row < shape.rows(); ++row) {
+      const RowKind kind = problem.labels.kind(row);
+      const bool is_special = row % 4 == 0 && kind != RowKind::kIgnored;
+      const bool is_lost = is_special && (kind == RowKind::kInlier || !weightless);
+      EXPECT_EQ(is_nan(cross_entropy[row]), is_special) << row;
+      EXPECT_EQ(is_nan(loss[row]), is_lost) << row;
+      for (int64_t cls = 0; cls < shape.classes; ++cls) {
+        const auto at = problem.layout.row_offset(row) + problem.layout.class_offset(cls);
+        ASSERT_EQ(is_nan(unit_gradient[at]), is_lost) << row << ", " << cls;
+        ASSERT_EQ(is_nan(gradient[at]), is_lost) << row << ", " << cls;
       }
     }
   }
 
  private:
   void check(Problem<T>& problem, const std::vector<Expected>& expected, Layout grad_layout,
-             const Reduction& reduction, bool alpha_of_each_row) {
+             const Reduction& reduction) {
     const int64_t num_rows = problem.shape.rows();
     const bool reduces = reduction.is_scalar;
     const GroupCounts counts = problem.counts();
-    const GroupDivisors divisors =
-        reduction.divisors(double(counts.inliers), double(counts.outliers));
+    const GroupDivisors divisors = reduction.divisors(counts);
     const RowLayout gradients = make_layout(grad_layout, problem.shape);
 
-    // Derived from the definition, for each row: its weight and its divisor.
+    // Derived from the definition, for each row: its part of the loss, its weight and its divisor.
     std::vector<double> weights;
-    std::vector<double> losses;
-    GroupSums sums;
+    std::vector<double> cross_entropies;
     for (int64_t row = 0; row < num_rows; ++row) {
       const RowKind kind = problem.labels.kind(row);
-      const acc_t alpha = alpha_of_each_row ? problem.alphas[row] : kAlpha;
-      const double weight =
-          kind == RowKind::kInlier ? 1 : (kind == RowKind::kOutlier ? double(alpha) : 0);
-      weights.push_back(weight /
+      weights.push_back(problem.weight(row) /
                         (kind == RowKind::kOutlier ? divisors.outliers : divisors.inliers));
-      losses.push_back(weight * expected[row].cross_entropy);
-      sums.add(kind, losses.back());
+      cross_entropies.push_back(
+          kind == RowKind::kIgnored ? 0 : problem.cross_entropy(row, expected[row]));
     }
 
     // Inference: the loss alone. Then with everything that the backward needs.
     for (const bool keeps : {false, true}) {
-      auto args =
-          problem.template inputs<ForwardArgs<scalar_t, acc_t>>(reduction, alpha_of_each_row);
+      auto args = problem.template inputs<ForwardArgs<scalar_t, acc_t>>(reduction);
       Buffer<acc_t> loss(reduces ? 1 : num_rows);
       Buffer<double> loss_counts(2, -1);
       Buffer<acc_t> max(num_rows);
@@ -116,25 +181,24 @@ class Kernels : public ::testing::Test {
       if (keeps) {
         args.row_max = max.data();
         args.row_sum_exp = sum_exp.data();
-        args.row_cross_entropy = alpha_of_each_row ? cross_entropy.data() : nullptr;
+        args.row_cross_entropy = problem.options.alpha_of_each_row ? cross_entropy.data() : nullptr;
         args.grad_logits = reduces ? unit_gradient.data() : nullptr;
         args.grad_layout = gradients;
       }
       ASSERT_EQ(run(args), -1);
-      check_loss(loss, losses, sums, reduction, divisors);
+      check_loss(loss, cross_entropies, weights, reduction);
       if (reduces) {
-        EXPECT_EQ(loss_counts[0], counts.inliers);
+        EXPECT_NEAR(loss_counts[0], counts.inliers, 1e-12 * counts.inliers);
         EXPECT_EQ(loss_counts[1], counts.outliers);
       }
       if (!keeps || num_rows == 0) {
         continue;
       }
-      check_cross_entropies(problem, cross_entropy, expected, alpha_of_each_row);
+      check_cross_entropies(problem, cross_entropy, cross_entropies);
       if (reduces) {
         check_gradient(problem, expected, weights, unit_gradient, gradients, 1);
       }
-      auto backward =
-          problem.template inputs<BackwardArgs<scalar_t, acc_t>>(reduction, alpha_of_each_row);
+      auto backward = problem.template inputs<BackwardArgs<scalar_t, acc_t>>(reduction);
       backward.row_max = max.data();
       backward.row_sum_exp = sum_exp.data();
       backward.counts = reduces ? loss_counts.data() : nullptr;
@@ -163,33 +227,38 @@ class Kernels : public ::testing::Test {
     }
   }
 
-  void check_loss(const Buffer<acc_t>& loss, const std::vector<double>& losses,
-                  const GroupSums& sums, const Reduction& reduction,
-                  const GroupDivisors& divisors) {
-    if (!reduction.is_scalar) {
-      for (int64_t row = 0; row < loss.size(); ++row) {
-        ASSERT_NEAR(loss[row], losses[row], 16 * unit_in_last_place(losses[row], kEpsilon));
+  void check_loss(const Buffer<acc_t>& loss, const std::vector<double>& cross_entropies,
+                  const std::vector<double>& weights, const Reduction& reduction) {
+    double sum = 0;
+    double tolerance = 0;
+    for (size_t row = 0; row < weights.size(); ++row) {
+      const double value = weights[row] * cross_entropies[row];
+      const double allowed = 16 * weights[row] * unit_in_last_place(cross_entropies[row], kEpsilon);
+      if (!reduction.is_scalar) {
+        ASSERT_NEAR(loss[row], value, allowed);
       }
-      return;
+      sum += value;
+      tolerance += allowed;
     }
-    const double expected = sums.divided_by(divisors);
-    if (losses.empty() && reduction.divisors.empty_is_nan) {
+    if (reduction.is_scalar && weights.empty() && reduction.divisors.empty_is_nan) {
       EXPECT_TRUE(is_nan(loss[0]));
-    } else {
-      EXPECT_NEAR(loss[0], expected, 16 * unit_in_last_place(expected, kEpsilon));
+    } else if (reduction.is_scalar) {
+      EXPECT_NEAR(loss[0], sum, tolerance);
     }
   }
 
+  // The losses for an alpha of 1.
   void check_cross_entropies(const Problem<T>& problem, const Buffer<acc_t>& actual,
-                             const std::vector<Expected>& expected, bool written) {
+                             const std::vector<double>& cross_entropies) {
     for (int64_t row = 0; row < actual.size(); ++row) {
-      if (!written) {
-        ASSERT_TRUE(is_nan(actual[row]));
-      } else if (problem.labels.kind(row) != RowKind::kIgnored) {
-        const double value = expected[row].cross_entropy;
-        ASSERT_NEAR(actual[row], value, 16 * unit_in_last_place(value, kEpsilon));
+      const RowKind kind = problem.labels.kind(row);
+      const double weight = kind == RowKind::kOutlier ? 1 : problem.weight(row);
+      const double cross_entropy = cross_entropies[row];
+      if (problem.options.alpha_of_each_row) {
+        ASSERT_NEAR(actual[row], weight * cross_entropy,
+                    16 * weight * unit_in_last_place(cross_entropy, kEpsilon));
       } else {
-        ASSERT_EQ(actual[row], 0);
+        ASSERT_TRUE(is_nan(actual[row]));
       }
     }
   }
@@ -220,6 +289,8 @@ class Kernels : public ::testing::Test {
       }
     }
   }
+
+  std::mt19937 random_;
 };
 
 using Dtypes = ::testing::Types<double, float, c10::Half, c10::BFloat16>;
@@ -249,27 +320,13 @@ TYPED_TEST(Kernels, RowsAndPixelsThatFitNoTile) {
   }
 }
 
-// Only rows with an infinity or a NaN become NaN.
+// Only rows with an infinity or a NaN become NaN. Inliers do whatever the weight of their class,
+// outliers only if alpha is not 0; but their cross-entropy, the derivative along alpha, always.
 TYPED_TEST(Kernels, SpecialNumbersStayInTheirRow) {
-  using scalar_t = TypeParam;
-  using acc_t = typename Problem<scalar_t>::acc_t;
-  const double specials[] = {std::numeric_limits<double>::infinity(),
-                             std::numeric_limits<double>::quiet_NaN()};
   for (const Shape shape : {Shape{1, 37, 19}, Shape{1, 9, 131}}) {
     for (const Layout layout : {Layout::kRows, Layout::kPixels}) {
-      Problem<scalar_t> problem(shape, layout, LabelType::kInt64);
-      std::vector<bool> is_special(shape.rows());
-      for (int64_t row = 0; row < shape.rows(); row += 4) {
-        is_special[row] = problem.labels.kind(row) != RowKind::kIgnored;
-        problem.at(row, row % shape.classes) = static_cast<scalar_t>(specials[row / 4 % 2]);
-      }
-      auto args =
-          problem.template inputs<ForwardArgs<scalar_t, acc_t>>(*find_reduction("none"), false);
-      Buffer<acc_t> loss(shape.rows());
-      args.row_loss = loss.data();
-      ASSERT_EQ(run(args), -1);
-      for (int64_t row = 0; row < shape.rows(); ++row) {
-        EXPECT_EQ(is_nan(loss[row]), is_special[row]) << row;
+      for (const bool weightless : {false, true}) {
+        this->check_special_numbers(shape, layout, weightless);
       }
     }
   }
@@ -280,7 +337,7 @@ TYPED_TEST(Kernels, SpecialNumbersStayInTheirRow) {
 template <typename Change>
 void run_wrongly(const Change& change) {
   const Problem<float> problem({1, 600, 5}, Layout::kRows, LabelType::kInt64);
-  auto args = problem.inputs<ForwardArgs<float, float>>(*find_reduction("sum"), false);
+  auto args = problem.inputs<ForwardArgs<float, float>>(*find_reduction("sum"));
   Buffer<float> loss(1);
   Buffer<double> counts(2, -1);
   args.output = {loss.data(), counts.data()};

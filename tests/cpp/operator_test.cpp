@@ -7,14 +7,40 @@ namespace {
 
 namespace F = torch::nn::functional;
 
+struct Options {
+  double alpha = 0.3;
+  torch::Tensor weight = {};  // or none
+  double label_smoothing = 0;
+};
+
+// The mean.
 torch::Tensor expected_loss(const torch::Tensor& logits, const torch::Tensor& target,
-                            double alpha) {
+                            const Options& options) {
   const auto outlier = target < 0;
-  const auto options = F::CrossEntropyFuncOptions().reduction(torch::kNone);
-  const auto inlier_loss = F::cross_entropy(logits, target.masked_fill(outlier, 0), options);
-  const auto outlier_loss = F::cross_entropy(
-      logits, torch::zeros_like(target), F::CrossEntropyFuncOptions(options).label_smoothing(1));
-  return torch::where(outlier, alpha * outlier_loss, inlier_loss).mean();
+  const auto label = target.masked_fill(outlier, 0);
+  const auto none = F::CrossEntropyFuncOptions().reduction(torch::kNone);
+  const auto inlier_loss = F::cross_entropy(logits, label,
+                                            F::CrossEntropyFuncOptions(none)
+                                                .weight(options.weight)
+                                                .label_smoothing(options.label_smoothing));
+  const auto outlier_loss = F::cross_entropy(logits, torch::zeros_like(target),
+                                             F::CrossEntropyFuncOptions(none).label_smoothing(1));
+  const auto counts = options.weight.defined()
+                          ? options.weight.index({label}).masked_fill(outlier, 1)
+                          : torch::ones_like(target);
+  return torch::where(outlier, options.alpha * outlier_loss, inlier_loss).sum() / counts.sum();
+}
+
+torch::Tensor our_loss(const torch::Tensor& logits, const torch::Tensor& target,
+                       const Options& options) {
+  const auto weight =
+      options.weight.defined() ? std::optional<at::Tensor>(options.weight) : std::nullopt;
+  return oe_ext::outlier_exposure_loss(logits, target, options.alpha, "mean", std::nullopt,
+                                       std::nullopt, weight, options.label_smoothing);
+}
+
+void expect_equal(const torch::Tensor& actual, const torch::Tensor& expected, double tolerance) {
+  EXPECT_LT((actual - expected).abs().max().item<double>(), tolerance);
 }
 
 TEST(OutlierExposureLoss, ValueAndGradient) {
@@ -24,12 +50,23 @@ TEST(OutlierExposureLoss, ValueAndGradient) {
     auto label_shape = shape;
     label_shape.erase(label_shape.begin() + 1);
     const auto target = torch::randint(-2, shape[1], label_shape, torch::kLong);
-    const auto ours = oe_ext::outlier_exposure_loss(logits, target, 0.3);
-    const auto theirs = expected_loss(logits, target, 0.3);
-    EXPECT_NEAR(ours.item<double>(), theirs.item<double>(), 1e-12);
-    const auto our_grad = torch::autograd::grad({ours}, {logits})[0];
-    const auto their_grad = torch::autograd::grad({theirs}, {logits})[0];
-    EXPECT_LT((our_grad - their_grad).abs().max().item<double>(), 1e-14);
+    auto weight = torch::rand({shape[1]}, torch::kDouble) * 3;
+    weight[0] = 0;
+    for (const Options& options : {Options(),
+                                   {.weight = weight},
+                                   {.label_smoothing = 0.1},
+                                   {.label_smoothing = 1},
+                                   {.weight = weight, .label_smoothing = 0.1}}) {
+      SCOPED_TRACE(testing::Message()
+                   << logits.dim() << " dimensions, " << (options.weight.defined() ? "" : "no ")
+                   << "weights, label smoothing " << options.label_smoothing);
+      const auto ours = our_loss(logits, target, options);
+      const auto theirs = expected_loss(logits, target, options);
+      expect_equal(ours, theirs, 1e-12);
+      const auto our_grad = torch::autograd::grad({ours}, {logits})[0];
+      const auto their_grad = torch::autograd::grad({theirs}, {logits})[0];
+      expect_equal(our_grad, their_grad, 1e-14);
+    }
   }
 }
 
@@ -37,10 +74,15 @@ TEST(OutlierExposureLoss, TensorAlphaHasAGradient) {
   const auto logits = torch::randn({4, 3}, torch::kDouble);
   const auto target = torch::tensor({int64_t(0), int64_t(-1), int64_t(2), int64_t(-1)});
   const auto alpha = torch::tensor(0.7, torch::dtype(torch::kDouble).requires_grad(true));
-  oe_ext::outlier_exposure_loss(logits, target, alpha, "sum").backward();
   const auto outliers =
-      oe_ext::outlier_exposure_loss(logits, target, 1.0, "none").index({target < 0});
-  EXPECT_NEAR(alpha.grad().item<double>(), outliers.sum().item<double>(), 1e-12);
+      oe_ext::outlier_exposure_loss(logits, target, 1.0, "none").index({target < 0}).sum();
+  const std::optional<at::Tensor> weights[] = {std::nullopt,
+                                               torch::tensor({2.0, 0.0, 0.5}, torch::kDouble)};
+  for (const auto& weight : weights) {
+    const auto loss = oe_ext::outlier_exposure_loss(logits, target, alpha, "sum", std::nullopt,
+                                                    std::nullopt, weight, 0.1);
+    expect_equal(torch::autograd::grad({loss}, {alpha})[0], outliers, 1e-12);
+  }
 }
 
 TEST(OutlierExposureLoss, Errors) {
@@ -50,6 +92,14 @@ TEST(OutlierExposureLoss, Errors) {
   EXPECT_THROW(oe_ext::outlier_exposure_loss(logits, target, 0.5, "average"), c10::ValueError);
   EXPECT_THROW(oe_ext::outlier_exposure_loss(logits, target.to(torch::kFloat)), c10::TypeError);
   EXPECT_THROW(oe_ext::outlier_exposure_loss(logits, target + 3), c10::IndexError);
+  const auto loss_with = [&](const at::Tensor& weight, double label_smoothing) {
+    return our_loss(logits, target, {.weight = weight, .label_smoothing = label_smoothing});
+  };
+  EXPECT_NO_THROW(loss_with(torch::ones({3}), 1));
+  EXPECT_THROW(loss_with(torch::ones({4}), 0), c10::ValueError);
+  EXPECT_THROW(loss_with(torch::ones({3}, torch::kLong), 0), c10::TypeError);
+  EXPECT_THROW(loss_with(-torch::ones({3}), 0), c10::ValueError);
+  EXPECT_THROW(loss_with(torch::ones({3}), 1.5), c10::ValueError);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "core/kernel_args.h"
@@ -55,15 +56,25 @@ struct Expected {
 };
 
 template <typename acc_t>
+RowCoefficients<acc_t> inlier_of(acc_t weight, acc_t smoothing) {
+  return RowCoefficients<acc_t>::of_row(true, false, weight, Smoothed<acc_t>::by(smoothing));
+}
+
+template <typename acc_t>
+RowCoefficients<acc_t> outlier_of(acc_t weight, acc_t smoothing) {
+  return RowCoefficients<acc_t>::of_row(false, true, weight, Smoothed<acc_t>::by(smoothing));
+}
+
+template <typename acc_t>
 acc_t inlier_cross_entropy(const RowStats<acc_t>& stats, acc_t logit) {
-  const auto inlier = RowCoefficients<acc_t>::of_row(true, false, acc_t(1));
+  const auto inlier = inlier_of<acc_t>(1, 0);
   const acc_t nan = std::numeric_limits<acc_t>::quiet_NaN();  // an inlier ignores it
   return RowLoss<acc_t>::of_row(inlier, stats.log_sum(), logit - stats.max, nan).loss;
 }
 
 template <typename acc_t>
 acc_t outlier_cross_entropy(const RowStats<acc_t>& stats) {
-  const auto outlier = RowCoefficients<acc_t>::of_row(false, true, acc_t(1));
+  const auto outlier = outlier_of<acc_t>(1, 0);
   const acc_t nan = std::numeric_limits<acc_t>::quiet_NaN();
   return RowLoss<acc_t>::of_row(outlier, stats.log_sum(), nan, stats.sum_shifted / stats.count)
       .loss;
@@ -148,6 +159,60 @@ TEST(RowStats, ExtremeFiniteLogits) {
   EXPECT_EQ(inlier_cross_entropy(stats_of<float>({-huge, -huge}), -huge), std::log(2.0f));
 }
 
+TEST(RowCoefficients, OfEachKind) {
+  using Row = RowCoefficients<double>;
+  const auto expect = [](const Row& row, double weight, double label, double uniform, bool counts) {
+    EXPECT_EQ(std::tie(row.weight, row.label, row.uniform, row.counts),
+              std::tie(weight, label, uniform, counts));
+  };
+  expect(inlier_of(3.0, 0.0), 3, 1, 0, true);
+  expect(inlier_of(3.0, 0.25), 3, 0.75, 0.25, true);
+  expect(inlier_of(3.0, 1.0), 3, 0, 1, true);
+  expect(inlier_of(0.0, 0.25), 0, 0.75, 0.25, true);
+  expect(outlier_of(3.0, 0.25), 3, 0, 1, true);
+  expect(outlier_of(0.0, 0.25), 0, 0, 1, false);
+  expect(Row::of_row(false, false, 0.0, Smoothed<double>::by(0.25)), 0, 0, 0, false);
+  EXPECT_EQ(Row::weight_of(true, false, 3.0, 0.5), 3.0);
+  EXPECT_EQ(Row::weight_of(false, true, 3.0, 0.5), 0.5);
+  EXPECT_EQ(Row::weight_of(false, false, 3.0, 0.5), 0.0);
+}
+
+// Only the labels of inliers are smoothed.
+TEST(RowLoss, WeightAndSmoothing) {
+  const auto x = random_row<double>(10, 0);
+  const auto stats = stats_of(x);
+  const Expected expected(x);
+  for (const double smoothing : {0.0, 0.1, 1.0}) {
+    for (const bool inlier : {true, false}) {
+      const auto row = inlier ? inlier_of(2.5, smoothing) : outlier_of(2.5, smoothing);
+      const auto [cross_entropy, loss] = RowLoss<double>::of_row(
+          row, stats.log_sum(), x[3] - stats.max, stats.sum_shifted / stats.count);
+      const long double uniform = inlier ? smoothing : 1;
+      const auto value =
+          double(expected.logsumexp - (1 - uniform) * x[3] - uniform * expected.mean);
+      EXPECT_NEAR(cross_entropy, value, 1e-14);
+      EXPECT_NEAR(loss, 2.5 * value, 1e-14);
+    }
+  }
+}
+
+// As in torch, a class weight of 0 does not hide a NaN, but an alpha of 0 does.
+TEST(RowLoss, WithoutWeight) {
+  const double nan = std::nan("");
+  for (const double smoothing : {0.0, 0.1}) {
+    const auto inlier = inlier_of(0.0, smoothing);
+    const auto outlier = outlier_of(0.0, smoothing);
+    EXPECT_EQ(RowLoss<double>::of_row(inlier, 2, -1, -3).loss, 0.0);
+    EXPECT_TRUE(std::isnan(RowLoss<double>::of_row(inlier, nan, nan, nan).loss));
+    EXPECT_EQ(RowLoss<double>::of_row(outlier, nan, nan, nan).loss, 0.0);
+    const auto of_inlier = GradientCoefficients<double>::of_row(inlier, nan, 0, 3);
+    const auto of_outlier = GradientCoefficients<double>::of_row(outlier, nan, 0, 3);
+    EXPECT_TRUE(std::isnan(of_inlier.factor));
+    EXPECT_EQ(of_outlier.factor, 0.0);
+    EXPECT_EQ(of_outlier.offset, 0.0);
+  }
+}
+
 TEST(RowGradient, IsSoftmaxMinusQ) {
   const std::vector<double> x = {0.5, -1.0, 2.0};
   const auto stats = stats_of(x);
@@ -157,10 +222,9 @@ TEST(RowGradient, IsSoftmaxMinusQ) {
         GradientCoefficients<double>::of_row(row, stats.sum_exp, /*scale=*/2.0, /*num_classes=*/3),
         /*label=*/1, /*active=*/true};
   };
-  // An inlier, an outlier, and a mixture: a smoothed label.
-  for (const RowCoefficients<double> row : {RowCoefficients<double>::of_row(true, false, 1.0),
-                                            RowCoefficients<double>::of_row(false, true, 0.5),
-                                            {1.0, 0.75, 0.25}}) {
+  // An inlier, an outlier, and inliers with smoothed labels.
+  for (const RowCoefficients<double> row :
+       {inlier_of(1.0, 0.0), outlier_of(0.5, 0.25), inlier_of(3.0, 0.25), inlier_of(3.0, 1.0)}) {
     const auto gradient = gradient_of(row);
     const Expected expected(x);
     for (int64_t cls = 0; cls < 3; ++cls) {
@@ -215,36 +279,90 @@ double reduced(const GroupSums& sums, std::string_view name, int64_t num_rows,
   double loss = 0;
   double counts[2];
   LossOutput<double>{&loss, counts}.write(sums, find_reduction(name)->divisors, given, num_rows);
-  EXPECT_EQ(counts[0], given != nullptr ? given[0] : double(sums.counts.inliers));
-  EXPECT_EQ(counts[1], given != nullptr ? given[1] : double(sums.counts.outliers));
+  EXPECT_EQ(counts[0], given != nullptr ? given[0] : sums.counts.inliers);
+  EXPECT_EQ(counts[1], given != nullptr ? given[1] : sums.counts.outliers);
   return loss;
 }
 
 TEST(GroupSums, Reductions) {
   GroupSums sums;
-  sums.add(RowKind::kInlier, 1);
-  sums.add(RowKind::kInlier, 2);
-  sums.add(RowKind::kInlier, 6);
-  sums.add(RowKind::kOutlier, 10);
-  sums.add(RowKind::kIgnored, 1000);
+  sums.add(RowKind::kInlier, 1, 1);
+  sums.add(RowKind::kInlier, 1, 2);
+  sums.add(RowKind::kInlier, 1, 6);
+  sums.add(RowKind::kOutlier, 0.5, 10);
+  sums.add(RowKind::kIgnored, 0, 1000);
   EXPECT_EQ(reduced(sums, "sum", 5), 19.0);
   EXPECT_EQ(reduced(sums, "mean", 5), 19.0 / 4);
   EXPECT_EQ(reduced(sums, "group_mean", 5), 3.0 + 10.0);
 }
 
+// A mean divides by the weights of the inliers, and by the number of the outliers.
+TEST(GroupSums, ClassWeights) {
+  GroupSums sums;
+  sums.add(RowKind::kInlier, 0.25, 1);
+  sums.add(RowKind::kInlier, 2, 8);
+  sums.add(RowKind::kInlier, 0, 0);
+  sums.add(RowKind::kOutlier, 0.5, 3);
+  sums.add(RowKind::kOutlier, 0, 0);
+  EXPECT_EQ(sums.counts.inliers, 2.25);
+  EXPECT_EQ(sums.counts.outliers, 2.0);
+  EXPECT_EQ(reduced(sums, "sum", 5), 12.0);
+  EXPECT_EQ(reduced(sums, "mean", 5), 12.0 / 4.25);
+  EXPECT_EQ(reduced(sums, "group_mean", 5), 4.0 + 1.5);
+  GroupSums weightless;
+  weightless.add(RowKind::kInlier, 0, 0);
+  for (const char* name : {"sum", "mean", "group_mean"}) {
+    EXPECT_EQ(reduced(weightless, name, 1), 0.0) << name;
+  }
+}
+
+TEST(GroupCounts, AddAndMerge) {
+  GroupCounts counts;
+  counts.add(RowKind::kInlier, 0.25);
+  counts.add(RowKind::kOutlier, 7);  // an outlier has no class
+  counts.add(RowKind::kIgnored, 7);
+  GroupCounts others;
+  others.add(RowKind::kInlier, 1e-9);
+  counts.merge(others);
+  EXPECT_EQ(counts.inliers, 0.25 + 1e-9);
+  EXPECT_EQ(counts.outliers, 1.0);
+}
+
+TEST(DivisorRule, OfEachReduction) {
+  const auto expect = [](std::string_view name, const GroupCounts& counts, double inliers,
+                         double outliers) {
+    const GroupDivisors divisors = find_reduction(name)->divisors(counts);
+    EXPECT_EQ(divisors.inliers, inliers) << name;
+    EXPECT_EQ(divisors.outliers, outliers) << name;
+  };
+  expect("none", {2.5, 4}, 1, 1);
+  expect("sum", {2.5, 4}, 1, 1);
+  expect("mean", {2.5, 4}, 6.5, 6.5);
+  expect("group_mean", {2.5, 4}, 2.5, 4);
+  expect("mean", {0.25, 0}, 0.25, 0.25);  // below 1, and no count of rows
+  expect("sum", {0, 0}, 1, 1);
+  expect("mean", {0, 0}, kInf, kInf);
+  expect("group_mean", {0, 4}, kInf, 4);
+  expect("group_mean", {0.25, 0}, 0.25, kInf);
+}
+
 TEST(GroupSums, CountsFromOutside) {
   GroupSums sums;
-  sums.add(RowKind::kInlier, 3);
-  sums.add(RowKind::kOutlier, 10);
+  sums.add(RowKind::kInlier, 2, 3);
+  sums.add(RowKind::kOutlier, 1, 10);
   const double given[] = {1.5, 4};
   EXPECT_EQ(reduced(sums, "mean", 2, given), 13.0 / 5.5);
   EXPECT_EQ(reduced(sums, "group_mean", 2, given), 2.0 + 2.5);
   EXPECT_EQ(reduced(GroupSums(), "mean", 0, given), 0.0);
+  const double none[] = {0, 0};
+  EXPECT_EQ(reduced(sums, "mean", 2, none), 0.0);
+  EXPECT_EQ(reduced(sums, "group_mean", 2, none), 0.0);
+  EXPECT_EQ(reduced(sums, "sum", 2, none), 13.0);
 }
 
 TEST(GroupSums, EmptyGroups) {
   GroupSums inliers_only;
-  inliers_only.add(RowKind::kInlier, 4);
+  inliers_only.add(RowKind::kInlier, 1, 4);
   EXPECT_EQ(reduced(inliers_only, "group_mean", 1), 4.0);
   for (const char* name : {"sum", "mean", "group_mean"}) {
     EXPECT_EQ(reduced(GroupSums(), name, 3), 0.0) << "all ignored";

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
@@ -82,12 +83,17 @@ def test_random_shapes(dtype, layout):
         )
         target = make_target(shape, rng.choice(["mixed", "mixed", "inliers", "outliers"]))
         reduction = rng.choice(REDUCTIONS[:2])
-        weight = torch.rand(target.shape, dtype=exact_dtype(dtype)) if reduction == "none" else None
+        rand = functools.partial(torch.rand, dtype=exact_dtype(dtype))
         args = (target, 0.5, reduction)
-        options = {"ignore_index": rng.choice([None, -100]), "weight": weight}
+        options = {
+            "ignore_index": rng.choice([None, -100]),
+            "weight": rng.choice([None, None, rand(shape[1]).round(decimals=1)]),
+            "label_smoothing": rng.choice([0.0, 0.0, 0.1]),
+            "upstream": rand(target.shape) if reduction == "none" else None,
+        }
         loss, grad = loss_and_grad(outlier_exposure_loss, logits, *args, **options)
         true_loss, true_grad = exact(logits, *args, **options)
-        what = f"{shape} {reduction} {options['ignore_index']}"
+        what = f"{shape} {reduction} {options | {'upstream': None}}"
         size = true_loss.abs().max().item() + true_loss.numel() / max(1, target.numel()) * 10
         assert max_error(loss, true_loss) <= 2 * ERROR[dtype] * size, what
         rounding = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0

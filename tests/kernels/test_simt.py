@@ -52,9 +52,9 @@ def test_half_gradients_are_rounded_correctly(dtype, shape, reduction):
         weight = torch.tensor([1.0, 0.37, 65536.0][seed % 3])
         with simt_device.active():
             _, grad = loss_and_grad(
-                outlier_exposure_loss, logits, target, reduction=reduction, weight=weight
+                outlier_exposure_loss, logits, target, reduction=reduction, upstream=weight
             )
-        _, expected = exact(logits, target, reduction=reduction, weight=weight)
+        _, expected = exact(logits, target, reduction=reduction, upstream=weight)
         equal.append((grad == expected.to(dtype)).flatten())
     assert torch.cat(equal).double().mean() >= 0.999
 
@@ -79,7 +79,7 @@ def test_gradients_beyond_32_bit_offsets(shape, strides):
     far = torch.empty(last + 1, dtype=torch.bfloat16).as_strided(shape, strides)
     with simt_device.active():
         from_unit(far, torch.full_like(loss, 2.0), logits, target, *statistics, *options)
-    _, expected = exact(logits, target, weight=torch.tensor(2.0))
+    _, expected = exact(logits, target, upstream=torch.tensor(2.0))
     assert torch.equal(far, expected.bfloat16())
 
 
@@ -132,13 +132,16 @@ for shape in [(40, 10), (3, 1032), (2, 19, 8, 8)]:
             target = torch.randint(-2, shape[1], (shape[0], *shape[2:]))
             one = torch.ones(target.shape if reduction == "none" else ())
             logits = torch.randn(shape, dtype=dtype)
-            cases.append((logits, target, torch.tensor(0.5), one, reduction))
+            # On the host: the operators look at the weights of a CPU tensor, which this one is.
+            weighted = {"weight": torch.rand(shape[1])}
+            cases.append((logits, target, torch.tensor(0.5), one, weighted, reduction))
 with simt_device.active(), simt_device.guarded() as on_device:
-    for *tensors, reduction in cases:
+    for *tensors, weighted, reduction in cases:
         logits, target, alpha, one = map(on_device, tensors)
         logits.requires_grad_()
-        for weight in (0.5, alpha):
-            loss = outlier_exposure_loss(logits, target, weight, reduction)
+        smoothed = {"label_smoothing": 0.1}
+        for a, options in ((0.5, {}), (alpha, {}), (0.5, weighted), (0.5, smoothed)):
+            loss = outlier_exposure_loss(logits, target, a, reduction, **options)
             (grad,) = torch.autograd.grad(loss, logits, one)
     print("looks", flush=True)
     {after}

@@ -158,6 +158,7 @@ def test_the_package_exports_what_it_says():
         "LossScores",
         "LossStats",
         "OutlierExposureLoss",
+        "count_labels",
         "outlier_exposure_loss",
         "__version__",
     }

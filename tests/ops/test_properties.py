@@ -23,7 +23,7 @@ from oe_ext import outlier_exposure_loss
 
 def loss_of(case: Case, inputs: Inputs) -> torch.Tensor:
     return outlier_exposure_loss(
-        inputs.logits, inputs.target, inputs.alpha, case.reduction, **case.special_labels
+        inputs.logits, inputs.target, inputs.alpha, case.reduction, **case.options(inputs)
     )
 
 
@@ -60,7 +60,7 @@ def has_layout_of(grad: torch.Tensor, logits: torch.Tensor) -> bool:
 def check_case(case: Case) -> None:
     """Checks all promises for one call."""
     inputs = case.make()
-    logits, target, alpha = inputs
+    logits, target, alpha, _ = inputs
     before = storage_of(logits), storage_of(target)
     leaves = [logits.requires_grad_()]
     if isinstance(alpha, torch.Tensor):
@@ -118,7 +118,9 @@ def test_any_number_of_threads_gives_the_same_bits(case, threads):
     try:
         for number in (1, threads):
             torch.set_num_threads(number)
-            results.append(all_returned(*case.make(), case.reduction, **case.special_labels))
+            inputs = case.make()
+            options = case.options(inputs)
+            results.append(all_returned(*inputs[:3], case.reduction, **options))
     finally:
         torch.set_num_threads(before)
     for name, one in results[0].items():
@@ -131,7 +133,8 @@ def test_any_number_of_threads_gives_the_same_bits(case, threads):
 @given(st.data())
 def test_an_illegal_label_is_named(data):
     case = data.draw(cases())
-    logits, target, alpha = case.make()
+    inputs = case.make()
+    logits, target, _, _ = inputs
     info = torch.iinfo(case.label_dtype)
     candidates = {-1, -7, case.shape[1], case.shape[1] + 1, 255, info.max, info.min, *case.labels}
     illegal = sorted(
@@ -148,7 +151,7 @@ def test_an_illegal_label_is_named(data):
     target[where] = label
     logits.requires_grad_(data.draw(st.booleans()))
     with pytest.raises(IndexError) as error:
-        loss_of(case, Inputs(logits, target, alpha))
+        loss_of(case, inputs._replace(target=target))
     text = str(error.value)
     for part in (f"[0, {case.shape[1]})", f"got {label} ", f"position {list(where)}"):
         assert part in text
@@ -179,7 +182,7 @@ def rows_of(case: Case, inputs: Inputs, index: torch.Tensor) -> Inputs:
     if isinstance(alpha, torch.Tensor) and alpha.dim() == inputs.target.dim() and len(alpha) > 1:
         alpha = alpha[index]
     logits = case.layout.place(inputs.logits[index], 0.0)
-    return Inputs(logits, inputs.target[index], alpha)
+    return Inputs(logits, inputs.target[index], alpha, inputs.weight)
 
 
 @examples(80)
@@ -214,7 +217,8 @@ def test_the_order_of_the_classes_does_not_matter(case, random):
     is_class = (labels >= 0) & (labels < len(classes))
     moved = torch.where(is_class, order.argsort()[torch.where(is_class, labels, 0)], labels)
     logits = inputs.logits[:, order].requires_grad_()
-    loss = loss_of(case, Inputs(logits, moved, inputs.alpha))
+    weight = None if inputs.weight is None else inputs.weight[order]
+    loss = loss_of(case, Inputs(logits, moved, inputs.alpha, weight))
     upstream = case.make_upstream(loss)
     (grad,) = torch.autograd.grad(loss, logits, upstream)
     results = Results(loss.detach(), grad[:, order.argsort()], None)

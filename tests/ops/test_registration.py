@@ -33,9 +33,11 @@ def test_the_public_schema():
     operator = torch.ops.oe_ext.outlier_exposure_loss
     assert str(operator.default._schema) == (
         "oe_ext::outlier_exposure_loss(Tensor logits, Tensor target, float alpha=0.5, "
-        'str reduction="mean", *, SymInt? ignore_index=None, SymInt? ood_index=None) -> Tensor'
+        'str reduction="mean", *, SymInt? ignore_index=None, SymInt? ood_index=None, '
+        "Tensor? weight=None, float label_smoothing=0.) -> Tensor"
     )
     assert str(operator.tensor_alpha._schema) == (
         "oe_ext::outlier_exposure_loss.tensor_alpha(Tensor logits, Tensor target, Tensor alpha, "
-        'str reduction="mean", *, SymInt? ignore_index=None, SymInt? ood_index=None) -> Tensor'
+        'str reduction="mean", *, SymInt? ignore_index=None, SymInt? ood_index=None, '
+        "Tensor? weight=None, float label_smoothing=0.) -> Tensor"
     )

@@ -55,6 +55,25 @@ def test_same_bits_as_recomputed(device, dtype, shape, layout, reduction):
         torch.testing.assert_close(grad, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("options", ["weight", "smoothing", "both"])
+@pytest.mark.parametrize("reduction", SCALAR)
+@pytest.mark.parametrize("shape", [(5000, 10), (700, 7), (300, 70), (3, 7, 40, 50)], ids=str)
+def test_same_bits_with_class_weights(device, shape, reduction, options):
+    """The bits of a sum of weights depend on its order, which must be one for the loss, with and
+    without a gradient, and for both ways to its gradient."""
+    logits, target = make_case(shape, torch.float64, device)
+    kwargs = {"reduction": reduction, "ignore_index": IGNORE}
+    if options != "smoothing":
+        kwargs["weight"] = torch.rand(shape[1], dtype=torch.float64, device=device)
+    if options != "weight":
+        kwargs["label_smoothing"] = 0.1
+    loss = outlier_exposure_loss(logits, target, **kwargs)
+    (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (from_unit,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(from_unit, grad)
+    assert torch.equal(outlier_exposure_loss(logits.detach(), target, **kwargs), loss.detach())
+
+
 def test_which_way_is_taken():
     """Shows that the test above compares two different paths."""
     for dtype, expected in [(torch.float32, FROM_UNIT), (torch.float16, RECOMPUTED)]:

@@ -9,6 +9,7 @@ the reference in the dtype of the arithmetic gives inf or NaN, a result may do s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from simt_runs import ARITHMETIC
@@ -27,15 +28,24 @@ class Results:
     alpha_grad: Tensor | None
 
 
+def options_of(case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Any]:
+    """The options, with class weights that have passed through the dtype of the arithmetic."""
+    options = case.options(inputs)
+    if inputs.weight is not None:
+        options["weight"] = inputs.weight.to(case.acc_dtype).to(dtype)
+    return options
+
+
 def reference_results(case: Case, inputs: Inputs, upstream: Tensor, dtype: torch.dtype) -> Results:
     """The results of the reference, on the same values in another dtype."""
     logits = inputs.logits.to(dtype).requires_grad_()
     # Both pass through the dtype of the operator's arithmetic first.
     alpha = torch.as_tensor(inputs.alpha, dtype=case.acc_dtype).detach().to(dtype)
+    options = options_of(case, inputs, dtype)
 
     def loss_of(alpha: Tensor) -> Tensor:
         function = reference.outlier_exposure_loss
-        return function(logits, inputs.target, alpha, case.reduction, **case.special_labels)
+        return function(logits, inputs.target, alpha, case.reduction, **options)
 
     # With a learnable alpha the reference reads outliers of weight 0: one call for each gradient.
     loss = loss_of(alpha)
@@ -60,27 +70,36 @@ def budgets(case: Case, inputs: Inputs, upstream: Tensor) -> Budgets:
     rounding = ARITHMETIC[case.acc_dtype]
     smallest = torch.finfo(case.acc_dtype).smallest_normal * torch.finfo(case.acc_dtype).eps
     inlier, outlier = reference.inliers_and_outliers(inputs.target, *case.special_labels.values())
+    options = options_of(case, inputs, torch.float64)
     cross_entropy = reference.outlier_exposure_loss(
-        inputs.logits.double(), inputs.target, 1.0, "none", **case.special_labels
+        inputs.logits.double(), inputs.target, 1.0, "none", **options
     )
     alpha = torch.as_tensor(inputs.alpha, dtype=case.acc_dtype).detach().double()
-    weight = torch.where(outlier, alpha, inlier.double()).abs()
+    class_weight, smoothing = options["weight"], case.label_smoothing
+    inlier_weight = reference.weights_of_inliers(inputs.target, inlier, class_weight)
+    # k of the formula, by which a row's terms are multiplied
+    k = torch.where(outlier, 1.0, inlier_weight)
+    if class_weight is not None:
+        k = torch.where(inlier, (1 - smoothing) * k + smoothing * class_weight.mean(), k)
+    weight = torch.where(outlier, alpha.abs(), 1.0)
+    counts = inlier_weight.sum(), outlier.sum().double()
     if case.reduction == "mean":
-        divisor = (inlier | outlier).sum().expand(inlier.shape)
+        divisor = sum(counts).expand(inlier.shape)
     elif case.reduction == "group_mean":
-        divisor = torch.where(outlier, outlier.sum(), inlier.sum())
+        divisor = torch.where(outlier, counts[1], counts[0])
     else:
-        divisor = torch.ones_like(inlier, dtype=torch.int64)
-    share = torch.where(inlier | outlier, 1 / divisor.clamp(min=1).double(), 0)
+        divisor = torch.ones_like(inlier, dtype=torch.float64)
+    share = torch.where((inlier | outlier) & (divisor > 0), 1 / divisor, 0)
     # The terms of a row's loss are positive. Their roundings are relative to them, except that of
     # the logarithm, whose argument is at least 1.
-    of_row = rounding * cross_entropy.nan_to_num(posinf=0).clamp(min=1)
+    of_row = rounding * torch.maximum(cross_entropy.nan_to_num(posinf=0), k)
     # and each may be rounded where it is subnormal
-    loss = torch.where(weight != 0, weight * share * of_row + 4 * smallest, 0)
+    of_row = torch.where(k != 0, of_row + 4 * smallest, 0)
+    loss = torch.where(weight * share != 0, weight * share * of_row + 4 * smallest, 0)
     if case.reduction not in (None, "none"):
         loss = loss.sum()
     upstream = upstream.double().abs()
-    scale = torch.where(weight != 0, weight * share * upstream, 0)
+    scale = weight * k * share * upstream
     alpha_grad = None
     if isinstance(inputs.alpha, Tensor):
         of_alpha = torch.where(outlier, 4 * of_row * share * upstream, 0)

@@ -117,3 +117,18 @@ def is_read_in_place(logits: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+# Class weights, label smoothing, or both.
+OPTIONS = ["weight", "smoothing", "both"]
+
+
+def make_options(names, num_classes, dtype=torch.float64, device="cpu"):
+    options = {}
+    if names != "smoothing":
+        weight = torch.rand(num_classes, dtype=torch.float64) * 3
+        weight[::3] = 0
+        options["weight"] = weight.to(device=device, dtype=dtype)
+    if names != "weight":
+        options["label_smoothing"] = 0.1
+    return options

@@ -24,8 +24,8 @@ MUTANTS_OF_MEANING = [
     Mutant(
         "alpha weighs the inliers",
         ARGS,
-        "weight_of(inlier, outlier, outlier ? alpha[row] : acc_t(0));",
-        "weight_of(outlier, inlier, inlier ? alpha[row] : acc_t(0));",
+        "inlier ? class_weights[label] : acc_t(0), outlier ? alpha[row] : acc_t(0));",
+        "inlier ? alpha[row] : acc_t(0), outlier ? acc_t(1) : acc_t(0));",
     ),
     Mutant(
         "outliers are looked for before ignored rows",
@@ -36,8 +36,14 @@ MUTANTS_OF_MEANING = [
     Mutant(
         "the mean counts the inliers alone",
         REDUCTION,
-        "+ (by_outliers ? num_outliers : 0);",
+        "+ (by_outliers ? group.outliers : 0);",
         ";",
+    ),
+    Mutant(
+        "a mean of nothing stays a sum",
+        REDUCTION,
+        "return members != 0 ? members : std::numeric_limits<double>::infinity();",
+        "return members != 0 ? members : 1;",
     ),
     Mutant(
         "the groups' means share a count",
@@ -98,5 +104,88 @@ MUTANTS_OF_MEANING = [
         DEVICE,
         "args.row_sum_exp[row], args.grad[row], args.divisors());",
         "args.row_sum_exp[row], args.grad[0], args.divisors());",
+    ),
+    # Class weights
+    Mutant(
+        "class weights: not in the counts that divide the forward's gradient",
+        REDUCE,
+        "kind == RowKind::kInlier ? static_cast<double>(class_weights[label]) : 0.0);",
+        "kind == RowKind::kInlier ? 1.0 : 0.0);",
+    ),
+    Mutant(
+        "class weights: not in the counts that divide the loss",
+        REDUCTION,
+        "    counts.add(kind, weight);",
+        "    counts.add(kind, 1.0);",
+    ),
+    Mutant(
+        "class weights: not in the gradient",
+        ARGS,
+        "GradientCoefficients<acc_t>::of_row(row, sum_exp, row.weight * upstream / divisor,",
+        "GradientCoefficients<acc_t>::of_row(\n"
+        "                row, sum_exp,\n"
+        "                (kind == RowKind::kOutlier ? row.weight : acc_t(1)) * upstream / divisor,",
+    ),
+    Mutant(
+        "class weights: not in the loss",
+        MATHS,
+        "select(row.counts, row.weight * cross_entropy, acc_t(0))",
+        "select(row.counts, (row.label != acc_t(0) ? acc_t(1) : row.weight) * cross_entropy, "
+        "acc_t(0))",
+    ),
+    Mutant(
+        "class weights: one for each row",
+        ARGS,
+        "inlier ? class_weights[label]",
+        "inlier ? class_weights[row]",
+    ),
+    Mutant(
+        "class weights: that of a vector's first row counts for all of it",
+        PIXELS,
+        "static_cast<double>(coefficients[k].weight)",
+        "static_cast<double>(coefficients[0].weight)",
+    ),
+    Mutant(
+        "class weights: an inlier without weight does not count",
+        MATHS,
+        "inlier | (weight != acc_t(0))",
+        "weight != acc_t(0)",
+    ),
+    Mutant(
+        "outliers count by their alpha",
+        REDUCTION,
+        "outliers += kind == RowKind::kOutlier ? 1.0 : 0.0;",
+        "outliers += kind == RowKind::kOutlier ? class_weight : 0.0;",
+    ),
+    # Label smoothing
+    Mutant(
+        "smoothing: of outliers, too",
+        MATHS,
+        "select(outlier, acc_t(1), acc_t(0))), counts};",
+        "select(outlier, smoothed.label, acc_t(0))), counts};",
+    ),
+    Mutant(
+        "smoothing: no uniform part in the gradient",
+        MATHS,
+        "row.counts & (row.uniform != acc_t(0));",
+        "row.counts & (row.uniform == acc_t(1));",
+    ),
+    Mutant(
+        "smoothing: no uniform part in the loss",
+        MATHS,
+        "select(row.uniform != acc_t(0), row.uniform * mean_shifted, acc_t(0));",
+        "select(row.uniform == acc_t(1), row.uniform * mean_shifted, acc_t(0));",
+    ),
+    Mutant(
+        "smoothing: the part at the label stays whole",
+        MATHS,
+        "return {acc_t(1) - label_smoothing, label_smoothing};",
+        "return {acc_t(1), label_smoothing};",
+    ),
+    Mutant(
+        "smoothing: the gradient is reduced at the label by all of the exponential",
+        MATHS,
+        "row.label * sum_exp};",
+        "(row.label != acc_t(0) ? sum_exp : acc_t(0))};",
     ),
 ]

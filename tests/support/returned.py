@@ -15,7 +15,7 @@ def all_returned(
     target: Tensor,
     alpha: float | Tensor,
     reduction: str | None,
-    **special_labels: Any,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """The loss, its statistics and scores, both first derivatives, the second derivatives, and a
     tangent."""
@@ -29,7 +29,7 @@ def all_returned(
         return torch.randn(tensor.shape, generator=random).to(tensor.dtype)
 
     loss, stats, scores = outlier_exposure_loss(
-        logits, target, alpha, reduction, **special_labels, return_stats=True, return_scores=True
+        logits, target, alpha, reduction, **options, return_stats=True, return_scores=True
     )
     result = {"loss": loss, **stats._asdict(), **scores._asdict()}
     upstream = random_like(loss, 1).requires_grad_()
@@ -44,7 +44,7 @@ def all_returned(
 
     def of_leaves(*values: Tensor) -> Tensor:
         return outlier_exposure_loss(
-            values[0], target, values[1] if len(values) > 1 else alpha, reduction, **special_labels
+            values[0], target, values[1] if len(values) > 1 else alpha, reduction, **options
         )
 
     primals = tuple(leaf.detach() for leaf in leaves.values())

@@ -20,6 +20,8 @@ class Case:
     reduction: str = "mean"
     mix: str = "mixed"
     alpha: str = "number"  # "number", "zero", "one", "scalar", "rows"
+    weighted: bool = False  # the classes have weights, some of them 0
+    smoothing: float = 0.0  # of the labels
     upstream: float | None = None  # None: a random one for each row
     direct: bool = False  # the forward operator is asked for the gradient, also in float16
     retain: bool = False  # the graph: the backward computes the gradient again
@@ -27,6 +29,7 @@ class Case:
     parts: int = 1  # the classes are cut into so many parts, each with a call of its own
     offset: float = 0.0
     poison: bool = False  # NaN in ignored rows, -inf at a class that is nobody's label
+    broken: bool = False  # NaN in inliers of the first class, which has a weight of 0 if weighted
     limits: dict[str, int] = field(default_factory=dict)
     reads_twice: bool = False  # a row does not fit the stage
     wide: bool = False  # all logits but those at the labels move 16 bytes at a time
@@ -37,7 +40,9 @@ class Case:
         parts += [self.layout, self.reduction, self.mix, f"alpha-{self.alpha}"]
         if self.upstream != 1.0:
             parts.append(f"upstream-{self.upstream}")
-        parts += [name for name in ("direct", "retain", "poison") if getattr(self, name)]
+        flags = ("weighted", "direct", "retain", "poison", "broken")
+        parts += [name for name in flags if getattr(self, name)]
+        parts += [f"smoothing-{self.smoothing}"] if self.smoothing else []
         parts += [f"counts-{self.counts}"] if self.counts else []
         parts += [f"parts-{self.parts}"] if self.parts > 1 else []
         parts += [f"{name}-{value}" for name, value in self.limits.items()]
@@ -108,6 +113,53 @@ WALKS = [
     {"shape": (45, 6), "layout": "padded_transposed"},
     {"shape": (64, 18), "layout": "transposed", "wide": True},
 ]
+
+
+# What changes inliers; the rest of a row's way through the kernels is the same.
+OPTIONS = [{"weighted": True}, {"smoothing": 0.1}]
+
+
+def cases_with_options() -> list[Case]:
+    """In every kernel, with and without wide loads; the counts of the weights, too."""
+    wide_rows, wide_pixels = (
+        {"shape": (70, 16), "wide": True},
+        {"shape": (2, 7, 8, 16), "wide": True},
+    )
+    narrow_rows, narrow_pixels = {"shape": (37, 10), "layout": "sliced"}, {"shape": (2, 5, 3, 7)}
+    cases = []
+    for walk in (wide_rows, wide_pixels, narrow_rows, narrow_pixels, {"shape": (3, 1040)}):
+        for options in OPTIONS:
+            # the gradient: in the forward, in the forward and then in the backward, in the latter
+            cases.append(Case(**walk, **options, upstream=1.0))
+            cases.append(Case(**walk, **options, upstream=0.3, reduction="group_mean"))
+            cases.append(Case(**walk, **options, dtype=torch.bfloat16, reduction="none"))
+    for walk in (wide_rows, wide_pixels):
+        for options in OPTIONS:
+            cases.append(Case(**walk, **options, upstream=0.3, dtype=torch.float64))
+            cases.append(Case(**walk, **options, upstream=1.0, alpha="rows", reduction="sum"))
+            cases.append(Case(**walk, **options, upstream=1.0, counts=(7.5, 4)))
+            cases.append(
+                Case(
+                    **walk, **options, upstream=1.0, limits={"max_stage_bytes": 0}, reads_twice=True
+                )
+            )
+        cases += [
+            Case(**walk, smoothing=1.0, upstream=0.3),
+            Case(**walk, weighted=True, smoothing=0.1, upstream=0.3),
+            Case(**walk, weighted=True, poison=True, alpha="zero", upstream=1.0),
+            Case(**walk, weighted=True, broken=True, upstream=1.0),
+            Case(**walk, weighted=True, broken=True, reduction="none"),
+        ]
+    cases += [
+        # more rows than one block counts; counts of 0; classes in parts
+        Case((5000, 3), weighted=True, upstream=1.0, reduction="group_mean"),
+        Case((300, 1), weighted=True, upstream=1.0, reduction="group_mean"),
+        Case((37, 10), upstream=0.3, reduction="group_mean", counts=(0.0, 4.0)),
+        Case((2, 5, 3, 7), upstream=1.0, counts=(0.0, 0.0)),
+        Case((37, 10), smoothing=0.1, reduction="none", alpha="one", parts=3, counted=False),
+        Case((2, 5, 3, 7), smoothing=0.1, reduction="none", alpha="one", parts=3, counted=False),
+    ]
+    return cases
 
 
 def make_cases() -> list[Case]:
@@ -185,7 +237,7 @@ def make_cases() -> list[Case]:
         Case((0, 5), upstream=1.0, counted=False),
         Case((3, 5, 0), reduction="none", counted=False),
     ]
-    return cases
+    return cases + cases_with_options()
 
 
 def make_alpha(case: Case, target: Tensor) -> Any:
@@ -199,6 +251,13 @@ def make_alpha(case: Case, target: Tensor) -> Any:
     return alpha.requires_grad_()
 
 
+def make_weight(case: Case) -> Tensor | None:
+    """The weights of the classes."""
+    num_classes = case.shape[1]
+    weights = torch.tensor([0.0, 0.3, 7.1]).repeat(-(-num_classes // 3))[:num_classes]
+    return weights.to(torch.promote_types(case.dtype, torch.float32)) if case.weighted else None
+
+
 def make_inputs(case: Case) -> tuple[Tensor, Tensor, Any]:
     torch.default_generator.manual_seed(1)
     logits = make_logits(case.shape, case.dtype, offset=case.offset)
@@ -208,6 +267,8 @@ def make_inputs(case: Case) -> tuple[Tensor, Tensor, Any]:
         logits = logits.masked_fill(ignored.unsqueeze(1), float("nan"))
         unused = (target != 0) & (target >= 0)
         logits[:, 0] = logits[:, 0].masked_fill(unused, float("-inf"))
+    if case.broken:
+        logits = logits.masked_fill((target == 0).unsqueeze(1), float("nan"))
     return MAKE_LAYOUT[case.layout](logits), target, make_alpha(case, target)
 
 

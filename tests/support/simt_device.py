@@ -19,7 +19,17 @@ FOLDER = ROOT / "build" / f"simt-torch-{torch.__version__}"
 # The runtime and the operators: linked once. The kernels are a library of their own, so that
 # deliberately wrong copies can be loaded too.
 RUNTIME = [HARNESS / "backend.cpp", HARNESS / "scheduler.cpp", HARNESS / "checker.cpp"]
-RUNTIME += [HARNESS / "guard.cpp", ROOT / "csrc" / "ops" / "row_view.cpp"]
+RUNTIME += [HARNESS / "guard.cpp"]
+# What the operators call beside kernels, which the library of the CPU's keeps to itself.
+RUNTIME += [
+    ROOT / "csrc" / name
+    for name in (
+        "ops/row_view.cpp",
+        "ops/outlier_exposure_composed.cpp",
+        "autograd/outlier_exposure_derivatives.cpp",
+        "autograd/sums.cpp",
+    )
+]
 KERNELS = Path("tests") / "simt" / "kernels.cpp"
 MAX_BLOCKS = 4096
 MAX_STAGE_BYTES = 44 * 1024

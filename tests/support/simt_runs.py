@@ -12,7 +12,7 @@ from typing import Any
 import simt_device
 import torch
 from inputs import IGNORE
-from simt_cases import CASES, Case, make_inputs
+from simt_cases import CASES, Case, make_inputs, make_weight
 from torch import Tensor
 
 from oe_ext import outlier_exposure_loss, reference
@@ -90,35 +90,39 @@ class Result:
     launches: list[dict[str, Any]]
 
 
+def _row_options(case: Case) -> dict[str, Any]:
+    return {"weight": make_weight(case), "label_smoothing": case.smoothing}
+
+
 def _options(case: Case) -> dict[str, Any]:
-    return {"reduction": case.reduction, "ignore_index": IGNORE}
+    return {"reduction": case.reduction, "ignore_index": IGNORE, **_row_options(case)}
 
 
-def _weight(case: Case, target: Tensor) -> Tensor:
+def _upstream(case: Case, target: Tensor) -> Tensor:
     """The upstream gradient."""
     torch.default_generator.manual_seed(2)
-    weight = torch.rand(target.shape) if case.upstream is None else torch.tensor(case.upstream)
-    return weight.to(torch.promote_types(case.dtype, torch.float32))
+    upstream = torch.rand(target.shape) if case.upstream is None else torch.tensor(case.upstream)
+    return upstream.to(torch.promote_types(case.dtype, torch.float32))
 
 
 def _call_operators(
-    case: Case, logits: Tensor, target: Tensor, alpha: float, weight: Tensor
+    case: Case, logits: Tensor, target: Tensor, alpha: float, upstream: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient. The forward is asked for the gradient, and given counts."""
     ops = torch.ops.oe_ext
     counts = None if case.counts is None else torch.tensor(case.counts, dtype=torch.float64)
     options = (alpha, None, case.reduction, IGNORE, None)
     loss, _, *statistics, grad = ops._outlier_exposure_loss_forward(
-        logits, target, *options, True, counts
+        logits, target, *options, True, counts, **_row_options(case)
     )
     ops._outlier_exposure_loss_backward_from_unit(
-        grad, weight, logits, target, *statistics, *options
+        grad, upstream, logits, target, *statistics, *options, **_row_options(case)
     )
     return loss, grad
 
 
 def _call_in_parts(
-    case: Case, logits: Tensor, target: Tensor, weight: Tensor
+    case: Case, logits: Tensor, target: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The losses and the gradient, from calls that see some of the classes each."""
     ops = torch.ops.oe_ext
@@ -126,13 +130,15 @@ def _call_in_parts(
     num_classes = logits.shape[1]
     parts = logits.tensor_split(case.parts, dim=1)
     firsts = [sum(part.shape[1] for part in parts[:i]) for i in range(case.parts)]
+    smoothing = {"label_smoothing": case.smoothing}
     maxima, sums, of_q, masses = [], [], [], []
     for part, first in zip(parts, firsts, strict=True):
         loss, _, row_max, row_sum_exp, _, _ = ops._outlier_exposure_loss_forward(
-            part, target, *options, False, None, num_classes, first
+            part, target, *options, False, None, num_classes, first, **smoothing
         )
-        here = (target >= first) & (target < first + part.shape[1])
-        masses.append(torch.where(target < 0, part.shape[1] / num_classes, here.double()))
+        here = ((target >= first) & (target < first + part.shape[1])).double()
+        uniform = torch.where(target < 0, 1.0, case.smoothing)
+        masses.append(here + uniform * (part.shape[1] / num_classes - here))
         maxima.append(row_max)
         sums.append(row_sum_exp.double())
         of_q.append(row_sum_exp.double().log() - loss)  # <q, logit - maximum> of the part
@@ -145,8 +151,8 @@ def _call_in_parts(
     no_counts = torch.empty(0, dtype=torch.float64)
     grads = [
         ops._outlier_exposure_loss_backward(
-            weight, part, target, row_max, sum_exp.to(row_max.dtype), no_counts, *options,
-            num_classes, first,
+            upstream, part, target, row_max, sum_exp.to(row_max.dtype), no_counts, *options,
+            num_classes, first, **smoothing,
         )
         for part, first in zip(parts, firsts, strict=True)
     ]  # fmt: skip
@@ -156,7 +162,7 @@ def _call_in_parts(
 def execute(case: Case, seed: int, *, counting: bool = False) -> Result:
     """Runs the kernels under one schedule; what the harness finds is an error."""
     logits, target, alpha = make_inputs(case)
-    weight = _weight(case, target)
+    upstream = _upstream(case, target)
     leaves = [logits.detach().requires_grad_()]
     if isinstance(alpha, Tensor):
         leaves.append(alpha)
@@ -169,25 +175,15 @@ def execute(case: Case, seed: int, *, counting: bool = False) -> Result:
             simt_device.counting(counting) as launches,
         ):
             if case.parts > 1:
-                loss, *grads = _call_in_parts(case, logits, target, weight)
+                loss, *grads = _call_in_parts(case, logits, target, upstream)
             elif case.direct or case.counts is not None:
-                loss, *grads = _call_operators(case, logits, target, alpha, weight)
+                loss, *grads = _call_operators(case, logits, target, alpha, upstream)
             else:
                 loss = outlier_exposure_loss(leaves[0], target, alpha, **_options(case))
-                grads = torch.autograd.grad(loss, leaves, weight, retain_graph=case.retain)
+                grads = torch.autograd.grad(loss, leaves, upstream, retain_graph=case.retain)
     except RuntimeError as error:
         raise CheckError("harness", str(error).split("\n")[0]) from error
     return Result(loss.detach(), tuple(grads), launches)
-
-
-def _reference(case: Case, logits: Tensor, target: Tensor, alpha: Any) -> Tensor:
-    if case.counts is None:
-        return reference.outlier_exposure_loss(logits, target, alpha, **_options(case))
-    losses = reference.outlier_exposure_loss(logits, target, alpha, "none", ignore_index=IGNORE)
-    inliers, outliers = losses[target >= 0].sum(), losses[target < 0].sum()
-    if case.reduction == "mean":
-        return (inliers + outliers) / sum(case.counts)
-    return inliers / case.counts[0] + outliers / case.counts[1]
 
 
 @cache
@@ -200,8 +196,10 @@ def truth(number: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     if isinstance(alpha, Tensor):
         alpha = alpha.detach().double().requires_grad_()
         leaves.append(alpha)
-    loss = _reference(case, logits, target, alpha)
-    return loss.detach(), torch.autograd.grad(loss, leaves, _weight(case, target).double())
+    loss = reference.outlier_exposure_loss(
+        logits, target, alpha, counts=case.counts, **_options(case)
+    )
+    return loss.detach(), torch.autograd.grad(loss, leaves, _upstream(case, target).double())
 
 
 def run(number: int, seed: int) -> Result:

@@ -7,7 +7,7 @@ They draw descriptions, not tensors, so a failure is reported as an expression t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import settings
@@ -21,6 +21,8 @@ INT64 = torch.iinfo(torch.int64)
 SPECIAL_LABELS = [None, -100, -1, 0, 1, 2, 254, 255, -128, -129, 300]
 SPECIAL_LABELS += [2**31, 2**40, INT64.min, INT64.max]
 ALPHAS = [0.5, 0.0, -0.0, 1.0, -0.5, 1e-3, 17.0, 1e30, -1e30, 1e-40, 1e-300]
+WEIGHTS = [1.0, 0.0, 0.1, 3.0, 1e-3, 1e4]
+SMOOTHINGS = [0.1, 1.0, 0.5, 1e-3]
 UPSTREAMS = ["one", "random", "expanded", "strided", "negative", "zero", "scaled"]
 
 
@@ -63,6 +65,7 @@ class Inputs(NamedTuple):
     logits: Tensor
     target: Tensor
     alpha: float | Tensor
+    weight: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ class Case:
     alpha: float | tuple[float, ...] = 0.5  # the values, if it is a tensor
     alpha_dtype: torch.dtype | None = None  # None: a number
     alpha_shape: tuple[int, ...] = ()
+    weight: tuple[float, ...] = ()  # the values of the class weights, or none
+    weight_dtype: torch.dtype = torch.float32
+    label_smoothing: float = 0.0
     reduction: str | None = "mean"
     ignore_index: int | None = None
     ood_index: int | None = None
@@ -88,6 +94,13 @@ class Case:
     @property
     def special_labels(self) -> dict[str, int | None]:
         return {"ignore_index": self.ignore_index, "ood_index": self.ood_index}
+
+    def options(self, inputs: Inputs) -> dict[str, Any]:
+        return {
+            **self.special_labels,
+            "weight": inputs.weight,
+            "label_smoothing": self.label_smoothing,
+        }
 
     @property
     def target_shape(self) -> tuple[int, ...]:
@@ -114,11 +127,15 @@ class Case:
         alpha: float | Tensor = self.alpha
         if self.alpha_dtype is not None:
             alpha = choose(self.alpha, self.alpha_shape, torch.float64).to(self.alpha_dtype)
+        weight = None
+        if self.weight:
+            weight = choose(self.weight, self.shape[1:2], torch.float64).to(self.weight_dtype)
         return Inputs(
             self.layout.place(logits, NAN),
             # between the labels lies a value that is no label
             self.label_layout.place(target, torch.iinfo(self.label_dtype).max),
             alpha,
+            weight,
         )
 
     def make_upstream(self, loss: Tensor) -> Tensor:
@@ -242,6 +259,9 @@ def cases(draw: st.DrawFn, max_logits: int = 4000, *, finite: bool = False) -> C
         alpha=alpha,
         alpha_dtype=alpha_dtype,
         alpha_shape=draw(alpha_shapes(target_shape)) if alpha_dtype is not None else (),
+        weight=draw(st.just(()) | st.lists(st.sampled_from(WEIGHTS), min_size=1).map(tuple)),
+        weight_dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])),
+        label_smoothing=draw(st.just(0.0) | st.sampled_from(SMOOTHINGS)),
         reduction=draw(st.sampled_from([*REDUCTIONS, None])),
         ignore_index=ignore_index,
         ood_index=ood_index,

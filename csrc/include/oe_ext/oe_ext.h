@@ -20,18 +20,23 @@ namespace oe_ext {
 //   reduction     "none", "sum", "mean" or "group_mean"
 //   ignore_index  positions with this label count for nothing
 //   ood_index     the label of outliers, instead of the negative numbers
+//   weight        [C], floating point: weights of the inliers by class; finite and not negative. A
+//                 mean divides by their sum instead of the number of inliers
+//   label_smoothing  in [0, 1]: the part of an inlier's distribution that is uniform
 //
 // Returns float32 (float64 for float64 logits): a scalar, or target's shape for "none".
 // Throws c10::ValueError, c10::TypeError, c10::IndexError (CPU: a label that is none of the above).
 __attribute__((visibility("default"))) at::Tensor outlier_exposure_loss(
     const at::Tensor& logits, const at::Tensor& target, double alpha = 0.5,
     std::string_view reduction = "mean", std::optional<int64_t> ignore_index = std::nullopt,
-    std::optional<int64_t> ood_index = std::nullopt);
+    std::optional<int64_t> ood_index = std::nullopt,
+    const std::optional<at::Tensor>& weight = std::nullopt, double label_smoothing = 0.0);
 
 // The same with a tensor alpha, which broadcasts against target and gets a gradient.
 __attribute__((visibility("default"))) at::Tensor outlier_exposure_loss(
     const at::Tensor& logits, const at::Tensor& target, const at::Tensor& alpha,
     std::string_view reduction = "mean", std::optional<int64_t> ignore_index = std::nullopt,
-    std::optional<int64_t> ood_index = std::nullopt);
+    std::optional<int64_t> ood_index = std::nullopt,
+    const std::optional<at::Tensor>& weight = std::nullopt, double label_smoothing = 0.0);
 
 }  // namespace oe_ext
