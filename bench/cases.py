@@ -45,6 +45,8 @@ ALL_RIVALS = ("ours", "pytorch-ood", "compiled", "cross_entropy", "sum", "clone"
 EAGER_RIVALS = ("ours", "pytorch-ood", "cross_entropy", "sum", "clone")
 FUSED_RIVALS = ("ours", "compiled", "cross_entropy", "sum", "clone")
 BASIC_RIVALS = ("ours", "cross_entropy", "sum", "clone")
+# Ours has both options, and so has cross_entropy; the others have what their name says.
+OPTION_RIVALS = ("ours", "off", "weight", "label_smoothing", "cross_entropy", "cross_entropy off")
 CUDA_RIVALS = ("ours", "pytorch-ood", "compiled", "cross_entropy", "liger", "quack", "clone")
 
 SECTIONS = (
@@ -53,6 +55,7 @@ SECTIONS = (
     "layouts",
     "targets",
     "reductions",
+    "options",
     "inference",
     "threads",
     "rows",
@@ -82,6 +85,7 @@ class Inputs(NamedTuple):
     classes: Tensor  # int64, with class 0 in place of every outlier: what F.cross_entropy takes
     ood_index: int | None
     weight: Tensor | None  # the upstream gradient, if the loss is not a scalar
+    options: dict[str, Any]  # of ours and of F.cross_entropy
 
 
 def make_logits(shape: Shape, layout: str) -> Tensor:
@@ -110,7 +114,11 @@ def make_inputs(case: Case, device: str) -> Inputs:
     if case.reduction == "none":
         dtype = torch.promote_types(case.dtype, torch.float32)
         weight = torch.rand(labels.shape, dtype=dtype, device=device)
-    return Inputs(logits, target.to(case.target_dtype), labels.clamp(min=0), ood_index, weight)
+    options: dict[str, Any] = {}
+    if case.section == "options":
+        options = {"weight": torch.rand(num_classes, device=device) + 0.5, "label_smoothing": 0.1}
+    classes = labels.clamp(min=0)
+    return Inputs(logits, target.to(case.target_dtype), classes, ood_index, weight, options)
 
 
 def goal_cases(shapes: list[Shape], dtype: torch.dtype) -> list[Case]:
@@ -162,6 +170,7 @@ def all_cases() -> list[Case]:
         }.items()
         for shape in [(384, 100), (4096, 1000), (2, 19, 512, 512)]
     ]
+    options = [Case("options", shape, OPTION_RIVALS) for shape in [(4096, 1000), (2, 19, 512, 512)]]
     inference_rivals = ("ours", "pytorch-ood", "cross_entropy", "sum")
     inference = [Case("inference", shape, inference_rivals, inference=True) for shape in GOALS]
     threads = [
@@ -177,6 +186,7 @@ def all_cases() -> list[Case]:
         *layouts,
         *targets,
         *reductions,
+        *options,
         *inference,
         *threads,
         *rows,

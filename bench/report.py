@@ -125,6 +125,29 @@ def other_table(cases: list[Measured]) -> str:
     return markdown(header, lines)
 
 
+def options_table(cases: list[Measured]) -> str:
+    """Class weights and label smoothing, on and off."""
+
+    def over(case: Measured, name: str, floor: str) -> str:
+        row, base = case.find(name), case.find(floor)
+        return number(row.median_us / base.median_us) if row and base else ""
+
+    lines = [
+        [
+            shape_label(case),
+            over(case, "weight", "off"),
+            over(case, "label_smoothing", "off"),
+            over(case, "ours", "off"),
+            over(case, "cross_entropy off", "off"),
+            over(case, "cross_entropy", "ours"),
+        ]
+        for case in cases
+    ]
+    header = ["shape", "weight / off", "label_smoothing / off", "both / off"]
+    header += ["cross_entropy / ours, off", "cross_entropy / ours, both"]
+    return markdown(header, lines)
+
+
 def inference_table(cases: list[Measured]) -> str:
     lines = [
         [
@@ -247,6 +270,7 @@ def write_pages() -> None:
         "provenance": "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         "goals": goal_table(of("goals")),
         "others": other_table(of(*OTHERS)),
+        "options": options_table(of("options")),
         "inference": inference_table(of("inference")),
         "threads": thread_table(of("threads")),
         "roofline": roofline_table(moved),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,14 +51,24 @@ def plain_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 def make_losses(case: Case, inputs: Inputs) -> dict[str, Step]:
     """The loss of each rival of the case, except clone, which has none."""
-    logits, target, classes, ood_index, _ = inputs
+    logits, target, classes, ood_index, _, options = inputs
+
+    def ours(**options: Any) -> Step:
+        return lambda: outlier_exposure_loss(
+            logits, target, ALPHA, case.reduction, ood_index=ood_index, **options
+        )
+
+    def cross_entropy(**options: Any) -> Step:
+        return lambda: F.cross_entropy(logits, classes, reduction=case.reduction, **options)
+
     losses: dict[str, Step] = {
-        "ours": lambda: outlier_exposure_loss(
-            logits, target, ALPHA, case.reduction, ood_index=ood_index
-        ),
-        "cross_entropy": lambda: F.cross_entropy(logits, classes, reduction=case.reduction),
+        "ours": ours(**options),
+        "cross_entropy": cross_entropy(**options),
         "sum": lambda: logits.sum(),
     }
+    if options:
+        losses |= {name: ours(**{name: value}) for name, value in options.items()}
+        losses |= {"off": ours(), "cross_entropy off": cross_entropy()}
     if "pytorch-ood" in case.rivals:
         module = load_pytorch_ood_class()(ALPHA, case.reduction)
         losses["pytorch-ood"] = lambda: module(logits, target)
@@ -104,7 +115,7 @@ def check(case: Case, inputs: Inputs, losses: dict[str, Step]) -> None:
     Raises:
         DisagreementError: a value or a gradient is off by more than the tolerance.
     """
-    logits, target, _, ood_index, weight = inputs
+    logits, target, _, ood_index, weight, options = inputs
 
     def values(loss: Step, leaf: Tensor, weight: Tensor | None) -> list[Tensor]:
         value = loss()
@@ -115,7 +126,7 @@ def check(case: Case, inputs: Inputs, losses: dict[str, Step]) -> None:
     exact = logits.detach().double().requires_grad_(not case.inference)
     expected = values(
         lambda: reference.outlier_exposure_loss(
-            exact, target, ALPHA, case.reduction, ood_index=ood_index
+            exact, target, ALPHA, case.reduction, ood_index=ood_index, **options
         ),
         exact,
         None if weight is None else weight.double(),
