@@ -110,6 +110,7 @@ def main() -> None:
             results.write(args.csv, facts, rows)
         return
     results.write(results.TIMES_CSV, facts, rows)
+    results.OPTIONS_CSV.unlink(missing_ok=True)
     if memory.is_supported():
         results.write(results.MEMORY_CSV, facts, memory.measure(args.threads))
     report.write_pages()

@@ -11,7 +11,17 @@ from pathlib import Path
 import traffic
 from cases import GOALS
 from measured import Measured, group_cases
-from results import AVX2_CSV, MEMORY_CSV, ROOT, TIMES_CSV, MemoryRow, TimeRow, parse_shape, read
+from results import (
+    AVX2_CSV,
+    MEMORY_CSV,
+    OPTIONS_CSV,
+    ROOT,
+    TIMES_CSV,
+    MemoryRow,
+    TimeRow,
+    parse_shape,
+    read,
+)
 
 PAGE = ROOT / "bench" / "RESULTS.md"
 README = ROOT / "README.md"
@@ -275,10 +285,14 @@ def write_pages() -> None:
         "threads": thread_table(of("threads")),
         "roofline": roofline_table(moved),
     }
-    if AVX2_CSV.exists():
-        avx2_facts, avx2_rows = read(AVX2_CSV, TimeRow)
-        command = f"`{avx2_facts['command']}`, {avx2_facts['CPU']}, commit {avx2_facts['commit']}"
-        tables["avx2"] = f"{goal_table(group_cases(avx2_rows))}\n\n{command}."
+    for section, path, table in (
+        ("avx2", AVX2_CSV, goal_table),
+        ("options", OPTIONS_CSV, options_table),
+    ):
+        if path.exists():
+            own, own_rows = read(path, TimeRow)
+            command = f"`{own['command']}`, {own['CPU']}, commit {own['commit']}"
+            tables[section] = f"{table(group_cases(own_rows))}\n\n{command}."
     plots.draw_speed(of("goals"))
     plots.draw_curves(of("rows"), of("classes"))
     if MEMORY_CSV.exists():

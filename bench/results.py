@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
 TIMES_CSV = FOLDER / "cpu.csv"
 MEMORY_CSV = FOLDER / "cpu_memory.csv"
+OPTIONS_CSV = FOLDER / "cpu_options.csv"  # that section, if it is newer than the whole
 AVX2_CSV = FOLDER / "cpu_avx2.csv"  # the main table, where most processors are
 
 

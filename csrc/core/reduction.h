@@ -96,11 +96,11 @@ struct GroupSums {
   double outliers = 0;
   GroupCounts counts;
 
-  // weight: of the row.
-  C10_HOST_DEVICE void add(RowKind kind, double weight, double loss) {
+  // Counts an inlier as 1. With class weights, the counts of a mean come from another pass.
+  C10_HOST_DEVICE void add(RowKind kind, double loss) {
     inliers += kind == RowKind::kInlier ? loss : 0.0;
     outliers += kind == RowKind::kOutlier ? loss : 0.0;
-    counts.add(kind, weight);
+    counts.add(kind, 1);
   }
 
   C10_HOST_DEVICE void merge(const GroupSums& other) {

@@ -174,8 +174,7 @@ TaskResult read_labels(const Args& args, bool wants_cross_entropy, TileRows<acc_
   rows.all_active = num_active >= rows.size;
   if (args.class_weights.data != nullptr) {
     alignas(64) acc_t weights[kMaxTileRows];
-    result.sums.counts.inliers =
-        weigh_inliers(rows.label, rows.size, args.class_weights.data, weights);
+    weigh_inliers(rows.label, rows.size, args.class_weights.data, weights);
     const bool spreads = args.class_spread != nullptr;
     const SpreadSmoothing<acc_t> spread = args.spread_smoothing;
 #pragma omp simd

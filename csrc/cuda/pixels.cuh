@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kMaxPixelsThreads, kMinBlocks)
       const bool active = args.is_active(coefficients[k], kind[k]);
       const acc_t loss =
           args.write_row(first + k, coefficients[k], kind[k], active, stats[k], label_shifted);
-      sums.add(kind[k], static_cast<double>(coefficients[k].weight), static_cast<double>(loss));
+      sums.add(kind[k], static_cast<double>(loss));
     }
     if (args.grad_logits != nullptr) {
       RowGradient<acc_t> gradients[kSize];

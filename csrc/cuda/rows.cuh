@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
     if (exists && team.lane == 0) {
       const acc_t label_shifted = cls >= 0 ? logit_at(x, args.layout, cls) - stats.max : acc_t(0);
       const acc_t loss = args.write_row(row, coefficients, kind, active, stats, label_shifted);
-      sums.add(kind, static_cast<double>(coefficients.weight), static_cast<double>(loss));
+      sums.add(kind, static_cast<double>(loss));
     }
     if (exists && args.grad_logits != nullptr) {
       write_lane_gradients<kSize>(

@@ -33,7 +33,7 @@ TORCH_LIBRARY_FRAGMENT(oe_ext, m) {
   //   row_max, row_sum_exp  shape of target: the maximum, and the sum of exp(logit - maximum)
   //   counts             float64 [2]: what a mean divides by, given or taken from this target: the
   //                      number of inliers, or their summed class weights, and the number of
-  //                      outliers; empty for "none"
+  //                      outliers; numbers for "sum", empty for "none"
   //   unit_gradient      shape of logits: the gradient for an upstream gradient of 1, if True
   //                      asks for it (not for "none"); else empty. With None the operator decides
   //                      whether a backward will want it, and only its autograd node has it

@@ -286,11 +286,11 @@ double reduced(const GroupSums& sums, std::string_view name, int64_t num_rows,
 
 TEST(GroupSums, Reductions) {
   GroupSums sums;
-  sums.add(RowKind::kInlier, 1, 1);
-  sums.add(RowKind::kInlier, 1, 2);
-  sums.add(RowKind::kInlier, 1, 6);
-  sums.add(RowKind::kOutlier, 0.5, 10);
-  sums.add(RowKind::kIgnored, 0, 1000);
+  sums.add(RowKind::kInlier, 1);
+  sums.add(RowKind::kInlier, 2);
+  sums.add(RowKind::kInlier, 6);
+  sums.add(RowKind::kOutlier, 10);
+  sums.add(RowKind::kIgnored, 1000);
   EXPECT_EQ(reduced(sums, "sum", 5), 19.0);
   EXPECT_EQ(reduced(sums, "mean", 5), 19.0 / 4);
   EXPECT_EQ(reduced(sums, "group_mean", 5), 3.0 + 10.0);
@@ -299,18 +299,20 @@ TEST(GroupSums, Reductions) {
 // A mean divides by the weights of the inliers, and by the number of the outliers.
 TEST(GroupSums, ClassWeights) {
   GroupSums sums;
-  sums.add(RowKind::kInlier, 0.25, 1);
-  sums.add(RowKind::kInlier, 2, 8);
-  sums.add(RowKind::kInlier, 0, 0);
-  sums.add(RowKind::kOutlier, 0.5, 3);
-  sums.add(RowKind::kOutlier, 0, 0);
-  EXPECT_EQ(sums.counts.inliers, 2.25);
+  sums.add(RowKind::kInlier, 1);
+  sums.add(RowKind::kInlier, 8);
+  sums.add(RowKind::kInlier, 0);
+  sums.add(RowKind::kOutlier, 3);
+  sums.add(RowKind::kOutlier, 0);
+  EXPECT_EQ(sums.counts.inliers, 3.0);
   EXPECT_EQ(sums.counts.outliers, 2.0);
+  sums.counts = {2.25, 2};
   EXPECT_EQ(reduced(sums, "sum", 5), 12.0);
   EXPECT_EQ(reduced(sums, "mean", 5), 12.0 / 4.25);
   EXPECT_EQ(reduced(sums, "group_mean", 5), 4.0 + 1.5);
   GroupSums weightless;
-  weightless.add(RowKind::kInlier, 0, 0);
+  weightless.add(RowKind::kInlier, 0);
+  weightless.counts = {0, 0};
   for (const char* name : {"sum", "mean", "group_mean"}) {
     EXPECT_EQ(reduced(weightless, name, 1), 0.0) << name;
   }
@@ -348,8 +350,8 @@ TEST(DivisorRule, OfEachReduction) {
 
 TEST(GroupSums, CountsFromOutside) {
   GroupSums sums;
-  sums.add(RowKind::kInlier, 2, 3);
-  sums.add(RowKind::kOutlier, 1, 10);
+  sums.add(RowKind::kInlier, 3);
+  sums.add(RowKind::kOutlier, 10);
   const double given[] = {1.5, 4};
   EXPECT_EQ(reduced(sums, "mean", 2, given), 13.0 / 5.5);
   EXPECT_EQ(reduced(sums, "group_mean", 2, given), 2.0 + 2.5);

@@ -78,8 +78,8 @@ MUTANTS_OF_MEANING = [
     Mutant(
         "counts that were given divide the loss alone",
         ARGS,
-        "return this->grad_logits != nullptr && this->counts == nullptr &&",
-        "return this->grad_logits != nullptr &&",
+        "           this->counts == nullptr && this->divisor_rule.counts();",
+        "           this->divisor_rule.counts();",
     ),
     Mutant(
         "a part's labels are counted from the first of all classes",
@@ -114,9 +114,9 @@ MUTANTS_OF_MEANING = [
     ),
     Mutant(
         "class weights: not in the counts that divide the loss",
-        REDUCTION,
-        "    counts.add(kind, weight);",
-        "    counts.add(kind, 1.0);",
+        REDUCE,
+        "  if (partials.counts != nullptr) {",
+        "  if (false) {",
     ),
     Mutant(
         "class weights: not in the gradient",
@@ -138,12 +138,6 @@ MUTANTS_OF_MEANING = [
         ARGS,
         "inlier ? class_weights[label]",
         "inlier ? class_weights[row]",
-    ),
-    Mutant(
-        "class weights: that of a vector's first row counts for all of it",
-        PIXELS,
-        "static_cast<double>(coefficients[k].weight)",
-        "static_cast<double>(coefficients[0].weight)",
     ),
     Mutant(
         "class weights: an inlier without weight does not count",
