@@ -364,7 +364,7 @@ TEST(GroupSums, CountsFromOutside) {
 
 TEST(GroupSums, EmptyGroups) {
   GroupSums inliers_only;
-  inliers_only.add(RowKind::kInlier, 1, 4);
+  inliers_only.add(RowKind::kInlier, 4);
   EXPECT_EQ(reduced(inliers_only, "group_mean", 1), 4.0);
   for (const char* name : {"sum", "mean", "group_mean"}) {
     EXPECT_EQ(reduced(GroupSums(), name, 3), 0.0) << "all ignored";
