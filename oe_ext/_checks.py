@@ -195,12 +195,13 @@ def check_arguments(
     """Raises the operator's errors for shapes, dtypes and settings: its Meta kernel checks all but
     the labels."""
     with torch.no_grad():
-        is_tensor = isinstance(alpha, Tensor)
-        operator = _LOSS.tensor_alpha if is_tensor else _LOSS.default
+        operator = _LOSS.default
+        if isinstance(alpha, Tensor):
+            operator, alpha = _LOSS.tensor_alpha, alpha.to("meta")
         operator(
             logits.to("meta"),
             target.to("meta"),
-            alpha.to("meta") if isinstance(alpha, Tensor) else alpha,
+            alpha,
             reduction,
             weight=None if weight is None else weight.to("meta"),
             label_smoothing=label_smoothing,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from oe_ext._sums import sum_from_axis
+from oe_ext.reference import weights_of_inliers
 
-__all__ = ["REDUCTIONS", "Reduction", "find_reduction", "reduce_rows"]
+__all__ = ["REDUCTIONS", "Reduction", "count_groups", "find_reduction", "reduce_rows"]
 
 _INLIERS, _OUTLIERS = 0, 1
 
@@ -70,6 +71,13 @@ def find_reduction(name: str, caller: str = "outlier_exposure_loss") -> Reductio
     return reduction
 
 
+def count_groups(target: Tensor, inlier: Tensor, outlier: Tensor, weight: Tensor | None) -> Tensor:
+    """What a mean divides by: the number of inliers, or their summed class weights, and the number
+    of outliers, in float64."""
+    of_inliers = sum_from_axis(weights_of_inliers(target, inlier, weight))
+    return torch.stack([of_inliers, outlier.sum().double()])
+
+
 def reduce_rows(
     row_loss: Tensor,
     inlier: Tensor,
@@ -90,21 +98,17 @@ def reduce_rows(
     zero = torch.zeros_like(row_loss)
     inlier_sum = sum_from_axis(torch.where(inlier, row_loss, zero).double(), first_axis)
     outlier_sum = sum_from_axis(torch.where(inlier, zero, row_loss).double(), first_axis)
+    is_empty = counts is None and row_loss.shape[first_axis:].numel() == 0
     if counts is None:
         axes = list(range(first_axis, row_loss.dim()))
-        if inlier_weights is None:
-            counts = inlier.sum(axes), outlier.sum(axes)
-        else:
-            counts = sum_from_axis(inlier_weights, first_axis), outlier.sum(axes)
-        empty_is_nan = reduction.empty_is_nan and row_loss.shape[first_axis:].numel() == 0
-    else:
-        empty_is_nan = False
-    num_inliers, num_outliers = counts
-    of_inliers, of_outliers = reduction.divisors(num_inliers, num_outliers)
+        weights = inlier_weights
+        num_inliers = inlier.sum(axes) if weights is None else sum_from_axis(weights, first_axis)
+        counts = num_inliers, outlier.sum(axes)
+    of_inliers, of_outliers = reduction.divisors(*counts)
     if reduction.inliers_by == reduction.outliers_by:
         total = (inlier_sum + outlier_sum) / of_inliers
     else:
         total = inlier_sum / of_inliers + outlier_sum / of_outliers
-    if empty_is_nan:
+    if reduction.empty_is_nan and is_empty:
         total = total / 0
     return total.to(row_loss.dtype)

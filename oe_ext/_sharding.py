@@ -64,10 +64,8 @@ def _shard_forward(
     weight: Any = None,
     label_smoothing: float = 0.0,
 ) -> list[tuple[list[Any], list[Any]]]:
-    has_weight = weight is not None
-    replicated = [Replicate()] * (
-        2 + (alpha_tensor is not None) + (counts is not None) + has_weight
-    )
+    others = [Replicate()] * ((counts is not None) + (weight is not None))
+    replicated = [Replicate()] * ((2 if alpha_tensor is None else 3) + len(others))
     shardings: list[tuple[list[Any], list[Any]]] = [([Replicate()] * 6, replicated)]
     rule = find_reduction(reduction)
     if (counts is not None or not rule.counts) and not unit_gradient:
@@ -83,8 +81,7 @@ def _shard_forward(
                 Replicate(),  # no gradient: empty
             ]
             inputs = [Shard(logits_dim), rows, *_alpha_placement(alpha_tensor, target, dim)]
-            inputs += [Replicate()] * ((counts is not None) + has_weight)
-            shardings.append((outputs, inputs))
+            shardings.append((outputs, [*inputs, *others]))
     return shardings
 
 

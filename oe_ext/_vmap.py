@@ -35,10 +35,6 @@ def _sample(tensor: Tensor, dim: int | None) -> Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
-def _loss_dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
-
-
 def _dim(in_dims: tuple[int | None, ...], argument: int) -> int | None:
     """None for an argument that was not passed."""
     return in_dims[argument] if argument < len(in_dims) else None
@@ -84,9 +80,8 @@ class _Batch:
         self.inlier_weights: Tensor | None = None  # [batch, positions]
         self.weight: Tensor | None = None  # for the operator
         if weight[0] is not None:
-            weights = (
-                _batch_first(weight[0], weight[1], batch_size).to(_loss_dtype(logits[0])).double()
-            )
+            dtype = torch.promote_types(logits[0].dtype, torch.float32)
+            weights = _batch_first(weight[0], weight[1], batch_size).to(dtype).double()
             labels = torch.where(self.inlier, batched_target.flatten(1).long(), 0)
             labels = labels.clamp(0, weights.shape[1] - 1)
             self.inlier_weights = torch.where(self.inlier, weights.gather(1, labels), 0.0)

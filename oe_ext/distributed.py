@@ -18,14 +18,11 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from oe_ext import _sharding  # noqa: F401
 from oe_ext._checks import check_alpha, check_arguments
 from oe_ext._class_parallel import class_parallel_outlier_exposure_loss
-from oe_ext._reductions import find_reduction, reduce_rows
-from oe_ext._sums import sum_from_axis
+from oe_ext._reductions import count_groups, find_reduction, reduce_rows
+from oe_ext.functional import call_operator
 from oe_ext.reference import inliers_and_outliers, weights_of_inliers
 
 __all__ = ["class_parallel_outlier_exposure_loss", "global_outlier_exposure_loss"]
-
-_LOSS = torch.ops.oe_ext.outlier_exposure_loss
-_FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward.default
 
 _CLASS_AXIS = 1
 
@@ -39,18 +36,16 @@ def _call(
     counts: Tensor | None = None,
 ) -> Tensor:
     """Calls the operator. Its means divide by ``counts``, if given."""
-    is_tensor = isinstance(alpha, Tensor)
-    loss: Tensor
-    options = options | {"weight": _replicated(options["weight"], logits)}
-    counts = _replicated(counts, logits)
-    # DTensor reads its rule for a sharded tensor only if it is not a keyword.
-    if counts is None and options["weight"] is None:
-        operator = _LOSS.tensor_alpha if is_tensor else _LOSS.default
-        loss = operator(logits, target, alpha, reduction, **options)
-    else:
-        number, tensor = (0.0, alpha) if is_tensor else (alpha, None)
-        loss, *_ = _FORWARD(logits, target, number, tensor, reduction, **options, counts=counts)
-    return loss
+    weight = _replicated(options["weight"], logits)
+    return call_operator(
+        logits,
+        target,
+        alpha,
+        reduction,
+        options | {"weight": weight},
+        _replicated(counts, logits),
+        by_forward=weight is not None,  # DTensor reads no rule for a tensor that is a keyword
+    )
 
 
 def _replicated(tensor: Tensor | None, like: Tensor) -> Tensor | None:
@@ -119,17 +114,12 @@ def global_outlier_exposure_loss(
                 dist.all_reduce(nothing, group=process_group)
             raise
     inlier, outlier = inliers_and_outliers(target, ignore_index, ood_index)
-    if weight is None:
-        of_inliers = inlier.sum()
-    else:
+    in_loss_dtype = weight
+    if weight is not None:
         in_loss_dtype = weight.to(torch.promote_types(logits.dtype, torch.float32))
-        of_inliers = sum_from_axis(
-            weights_of_inliers(target, inlier, _replicated(in_loss_dtype, logits))
-        )
-    # Inliers or their weights, outliers, and positions of any kind.
-    numbers = torch.stack(
-        [of_inliers.double(), outlier.sum().double(), torch.ones_like(inlier).sum().double()]
-    )
+    of_groups = count_groups(target, inlier, outlier, _replicated(in_loss_dtype, logits))
+    # What a mean divides by, and positions of any kind.
+    numbers = torch.cat([of_groups, torch.ones_like(inlier).sum().double().unsqueeze(0)])
     num_parts = 1
     if not isinstance(logits, DTensor):
         dist.all_reduce(numbers, group=process_group)

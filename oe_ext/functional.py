@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from oe_ext._checks import (
     check_tensors,
     check_weight,
 )
+from oe_ext._reductions import count_groups
 from oe_ext._stats import LossScores, LossStats, alpha_as_tensor, loss_with_stats
-from oe_ext._sums import sum_from_axis
-from oe_ext.reference import inliers_and_outliers, weights_of_inliers
+from oe_ext.reference import inliers_and_outliers
 
 __all__ = ["LossScores", "LossStats", "count_labels", "outlier_exposure_loss"]
 
@@ -269,31 +269,36 @@ def outlier_exposure_loss(
         loss = operator(
             logits, target, alpha, reduction, ignore_index=ignore_index, ood_index=ood_index
         )
-    elif counts is not None:
-        number, tensor = (0.0, alpha) if operator is _LOSS_OF_TENSOR else (alpha, None)
-        loss, *_ = _FORWARD(
-            logits,
-            target,
-            number,
-            tensor,
-            reduction,
-            ignore_index,
-            ood_index,
-            counts=counts,
-            weight=weight,
-            label_smoothing=label_smoothing,
-        )
     else:
-        loss = operator(
-            logits,
-            target,
-            alpha,
-            reduction,
-            ignore_index=ignore_index,
-            ood_index=ood_index,
-            weight=weight,
-            label_smoothing=label_smoothing,
-        )
+        options = {
+            "ignore_index": ignore_index,
+            "ood_index": ood_index,
+            "weight": weight,
+            "label_smoothing": label_smoothing,
+        }
+        loss = call_operator(logits, target, alpha, reduction, options, counts)
+    return loss
+
+
+def call_operator(
+    logits: Tensor,
+    target: Tensor,
+    alpha: float | Tensor,
+    reduction: str,
+    options: dict[str, Any],
+    counts: Tensor | None = None,
+    *,
+    by_forward: bool = False,
+) -> Tensor:
+    """Calls the operator of the loss or, ``by_forward`` and for ``counts``, that of its forward."""
+    is_tensor = isinstance(alpha, TENSORS)
+    loss: Tensor
+    if by_forward or counts is not None:
+        number, tensor = (0.0, alpha) if is_tensor else (alpha, None)
+        loss, *_ = _FORWARD(logits, target, number, tensor, reduction, **options, counts=counts)
+    else:
+        operator = _LOSS_OF_TENSOR if is_tensor else _LOSS
+        loss = operator(logits, target, alpha, reduction, **options)
     return loss
 
 
@@ -320,6 +325,5 @@ def count_labels(
     counts = torch.zeros(2, dtype=torch.float64, device=device)
     for target in parts:
         inlier, outlier = inliers_and_outliers(target, ignore_index, ood_index)
-        of_inliers = sum_from_axis(weights_of_inliers(target, inlier, weight))
-        counts += torch.stack([of_inliers, outlier.sum().double()])
+        counts += count_groups(target, inlier, outlier, weight)
     return counts

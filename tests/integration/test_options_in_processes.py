@@ -37,6 +37,18 @@ def whole(logits, target, reduction, options):
     return loss.detach(), grad
 
 
+def compare_with_counts(sharded, inputs, reduction, options):
+    """DTensors against the same in one process, with counts from outside."""
+    if reduction in ("mean", "group_mean"):
+        loss, alone = (
+            outlier_exposure_loss(
+                *tensors, 0.7, reduction, ignore_index=IGNORE, counts=(3, 4), **options
+            )
+            for tensors in (sharded, inputs)
+        )
+        same(loss.full_tensor(), alone)
+
+
 def _process_group():
     logits, target, all_options = batch()
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -103,14 +115,7 @@ def _dtensor():
             same(loss.full_tensor(), expected)
             (grad,) = torch.autograd.grad(loss.sum(), x)
             same(grad.full_tensor(), expected_grad)
-        if reduction in ("mean", "group_mean"):
-            loss = outlier_exposure_loss(
-                x, y, 0.7, reduction, ignore_index=IGNORE, counts=(3, 4), **options
-            )
-            alone = outlier_exposure_loss(
-                logits, target, 0.7, reduction, ignore_index=IGNORE, counts=(3, 4), **options
-            )
-            same(loss.full_tensor(), alone)
+        compare_with_counts((x, y), (logits, target), reduction, options)
 
 
 def test_dtensor():
@@ -142,14 +147,7 @@ def _class_parallel():
         same(loss.full_tensor(), expected)
         (grad,) = torch.autograd.grad(loss.sum(), sharded)
         same(grad.full_tensor(), expected_grad)
-        if reduction in ("mean", "group_mean"):
-            loss = outlier_exposure_loss(
-                sharded, target, 0.7, reduction, ignore_index=IGNORE, counts=(3, 4), **options
-            )
-            alone = outlier_exposure_loss(
-                logits, target, 0.7, reduction, ignore_index=IGNORE, counts=(3, 4), **options
-            )
-            same(loss.full_tensor(), alone)
+        compare_with_counts((sharded, target), (logits, target), reduction, options)
     for bad, error in [(torch.ones(3), ValueError), (torch.ones(7).long(), TypeError)]:
         with pytest.raises(error, match="weight must have"):
             class_parallel_outlier_exposure_loss(x, target, weight=bad, ignore_index=IGNORE)
