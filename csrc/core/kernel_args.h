@@ -127,20 +127,11 @@ struct RowArgs {
     return cls < layout.num_classes ? cls : int64_t(-1);
   }
 
-  // The gradient of a row, from its maximum and its sum of exp(x - max).
-  C10_HOST_DEVICE RowGradient<acc_t> row_gradient(const RowCoefficients<acc_t>& row, int64_t cls,
-                                                  RowKind kind, acc_t max, acc_t sum_exp,
-                                                  acc_t upstream,
-                                                  const GroupDivisors& divisors) const {
-    if (!row.counts) {
-      return RowGradient<acc_t>();
-    }
-    const auto divisor =
-        static_cast<acc_t>(kind == RowKind::kOutlier ? divisors.outliers : divisors.inliers);
-    return {max,
-            GradientCoefficients<acc_t>::of_row(row, sum_exp, row.weight * upstream / divisor,
-                                                num_classes()),
-            cls, true};
+  // `divisor`: of the row's group.
+  C10_HOST_DEVICE GradientCoefficients<acc_t> gradient_coefficients(
+      const RowCoefficients<acc_t>& row, acc_t sum_exp, acc_t upstream, acc_t divisor) const {
+    return GradientCoefficients<acc_t>::of_row(row, sum_exp, row.weight * upstream / divisor,
+                                               num_classes());
   }
 };
 
@@ -166,13 +157,14 @@ struct ForwardArgs : RowArgs<scalar_t, acc_t> {
   }
 
   // Writes the outputs of one row and returns its weighted loss, which is 0 if the row does not
-  // count. `stats` may be empty for an inactive row. label_shifted is the logit at the label minus
-  // the maximum; 0 if the label is not here.
+  // count. The statistics of an inactive row are arbitrary. label_shifted and mean_shifted: the
+  // logit at the label (0 if it is not here) and the mean logit, minus the maximum.
   C10_HOST_DEVICE acc_t write_row(int64_t row, const RowCoefficients<acc_t>& coefficients,
-                                  RowKind kind, bool active, const RowStats<acc_t>& stats,
-                                  acc_t label_shifted) const {
-    const auto [cross_entropy, loss] = RowLoss<acc_t>::of_row(
-        coefficients, stats.log_sum(), label_shifted, stats.sum_shifted / this->num_classes());
+                                  RowKind kind, bool active, acc_t max, acc_t sum_exp,
+                                  acc_t label_shifted, acc_t mean_shifted) const {
+    using std::log;
+    const auto [cross_entropy, loss] =
+        RowLoss<acc_t>::of_row(coefficients, log(sum_exp), label_shifted, mean_shifted);
     if (row_loss != nullptr) {
       row_loss[row] = loss;
     }
@@ -180,8 +172,8 @@ struct ForwardArgs : RowArgs<scalar_t, acc_t> {
       row_cross_entropy[row] = kind == RowKind::kOutlier ? cross_entropy : loss;
     }
     if (row_max != nullptr) {
-      row_max[row] = active ? stats.max : acc_t(0);
-      row_sum_exp[row] = active ? stats.sum_exp : acc_t(0);
+      row_max[row] = active ? max : acc_t(0);
+      row_sum_exp[row] = active ? sum_exp : acc_t(0);
     }
     return loss;
   }

@@ -78,12 +78,17 @@ C10_HOST_DEVICE auto with_label_type(LabelType type, const void* data, const F& 
   }
 }
 
-struct ReadLabel {
-  int64_t row;
+// Reads kSize labels in a row.
+template <int kSize>
+struct ReadLabels {
+  int64_t first;
+  int64_t* labels;
 
   template <typename label_t>
-  C10_HOST_DEVICE int64_t operator()(const label_t* labels) const {
-    return labels[row];
+  C10_HOST_DEVICE void operator()(const label_t* data) const {
+    for (int k = 0; k < kSize; ++k) {
+      labels[k] = data[first + k];
+    }
   }
 };
 
@@ -92,12 +97,37 @@ struct Labels {
   LabelType type = LabelType::kInt64;
   LabelRule rule;
 
-  bool are_unsigned() const {
+  C10_HOST_DEVICE bool are_unsigned() const {
     return type == LabelType::kUInt8 || type == LabelType::kUInt16 || type == LabelType::kUInt32;
   }
 
+  // In bytes.
+  C10_HOST_DEVICE int element_size() const {
+    switch (type) {
+      case LabelType::kInt8:
+      case LabelType::kUInt8:
+        return 1;
+      case LabelType::kInt16:
+      case LabelType::kUInt16:
+        return 2;
+      case LabelType::kInt32:
+      case LabelType::kUInt32:
+        return 4;
+      default:
+        return 8;
+    }
+  }
+
   C10_HOST_DEVICE int64_t operator[](int64_t row) const {
-    return with_label_type(type, data, ReadLabel{row});
+    int64_t label[1];
+    read(row, label);
+    return label[0];
+  }
+
+  // The labels of rows first, first + 1, ...
+  template <int kSize>
+  C10_HOST_DEVICE void read(int64_t first, int64_t (&labels)[kSize]) const {
+    with_label_type(type, data, ReadLabels<kSize>{first, labels});
   }
 };
 

@@ -2,10 +2,10 @@
 // DivisorRule.
 #pragma once
 
+#include <c10/macros/Macros.h>
+
 #include <limits>
 #include <string_view>
-
-#include "labels.h"
 
 namespace oe_ext {
 
@@ -14,11 +14,6 @@ namespace oe_ext {
 struct GroupCounts {
   double inliers = 0;
   double outliers = 0;
-
-  C10_HOST_DEVICE void add(RowKind kind, double class_weight) {
-    inliers += kind == RowKind::kInlier ? class_weight : 0.0;
-    outliers += kind == RowKind::kOutlier ? 1.0 : 0.0;
-  }
 
   C10_HOST_DEVICE void merge(const GroupCounts& other) {
     inliers += other.inliers;
@@ -95,13 +90,6 @@ struct GroupSums {
   double inliers = 0;
   double outliers = 0;
   GroupCounts counts;
-
-  // Counts an inlier as 1. With class weights, the counts of a mean come from another pass.
-  C10_HOST_DEVICE void add(RowKind kind, double loss) {
-    inliers += kind == RowKind::kInlier ? loss : 0.0;
-    outliers += kind == RowKind::kOutlier ? loss : 0.0;
-    counts.add(kind, 1);
-  }
 
   C10_HOST_DEVICE void merge(const GroupSums& other) {
     inliers += other.inliers;

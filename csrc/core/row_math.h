@@ -36,86 +36,6 @@ C10_HOST_DEVICE T select(bool condition, T a, T b) {
 #endif
 }
 
-// How many terms are summed one after another before their sum joins others. The error of a sum
-// grows with its longest chain of additions.
-constexpr int64_t kClassBlock = 16;
-
-// The statistics of a row, or of any part of it. Parts merge in any order.
-//
-// The maximum starts at the lowest finite number, not at -inf, so a -inf logit is no special case:
-// it adds exp(-inf) = 0 to sum_exp and -inf to sum_shifted. A row with a +inf or NaN logit, or with
-// only -inf logits, becomes NaN: its softmax does not exist.
-template <typename acc_t>
-struct RowStats {
-  acc_t max = std::numeric_limits<acc_t>::lowest();
-  acc_t sum_exp = 0;      // sum of exp(x - max)
-  acc_t sum_shifted = 0;  // sum of x - max
-  acc_t count = 0;        // number of logits in the sums
-
-  // Written out, because the compiler would compile an implicit one for the file's least processor
-  // (see cpu/kernels_avx2.cpp).
-  C10_HOST_DEVICE RowStats() {}
-
-  // Empty sums with a maximum that is already known.
-  C10_HOST_DEVICE static RowStats with_max(acc_t max) {
-    RowStats stats;
-    stats.max = max;
-    return stats;
-  }
-
-  // False for NaN, which reaches the sums instead.
-  C10_HOST_DEVICE bool raised_by(acc_t x) const { return x > max; }
-
-  // Moves the sums to a new maximum, which must not be below the old one.
-  C10_HOST_DEVICE void rescale_to(acc_t new_max) {
-    sum_exp *= std::exp(max - new_max);
-    if (count > 0) {  // 0 * (lowest - new_max) may be 0 * -inf
-      sum_shifted += count * (max - new_max);
-    }
-    max = new_max;
-  }
-
-  // Adds a logit that is not above max, and returns exp(x - max).
-  C10_HOST_DEVICE acc_t add(acc_t x) {
-    using std::exp;
-    const acc_t shifted = x - max;
-    const acc_t exp_shifted = exp(shifted);
-    add_terms(shifted, exp_shifted);
-    return exp_shifted;
-  }
-
-  // Adds the terms of a logit to the sums: x - max and exp(x - max).
-  C10_HOST_DEVICE void add_terms(acc_t shifted, acc_t exp_shifted) {
-    sum_exp += exp_shifted;
-    sum_shifted += shifted;
-    count += acc_t(1);
-  }
-
-  // Adds any logit.
-  C10_HOST_DEVICE void push(acc_t x) {
-    if (raised_by(x)) {
-      rescale_to(x);
-    }
-    add(x);
-  }
-
-  C10_HOST_DEVICE void merge(RowStats other) {
-    if (raised_by(other.max)) {
-      rescale_to(other.max);
-    } else if (other.raised_by(max)) {
-      other.rescale_to(max);
-    }
-    sum_exp += other.sum_exp;
-    sum_shifted += other.sum_shifted;
-    count += other.count;
-  }
-
-  C10_HOST_DEVICE acc_t log_sum() const {
-    using std::log;
-    return log(sum_exp);
-  }
-};
-
 // The distribution q of an inlier: what of it lies on the label, and on all classes alike.
 template <typename acc_t>
 struct Smoothed {
@@ -204,21 +124,9 @@ struct GradientCoefficients {
     return {select(row.counts, scale / sum_exp, acc_t(0)),
             select(has_uniform, scale * row.uniform / num_classes, acc_t(0)), row.label * sum_exp};
   }
-};
 
-// The same gradient, one logit at a time. The logits of an inactive row do not count, whatever they
-// are.
-template <typename acc_t>
-struct RowGradient {
-  acc_t max = 0;
-  GradientCoefficients<acc_t> coefficients;
-  int64_t label = -1;  // the class of the label, or none
-  bool active = false;
-
-  C10_HOST_DEVICE acc_t operator()(acc_t x, int64_t cls) const {
-    const acc_t exp_shifted = std::exp(x - max);
-    const acc_t from_label = cls == label ? exp_shifted - coefficients.at_label : exp_shifted;
-    return active ? from_label * coefficients.factor - coefficients.offset : acc_t(0);
+  C10_HOST_DEVICE acc_t operator()(acc_t exp_shifted, bool is_label) const {
+    return (is_label ? exp_shifted - at_label : exp_shifted) * factor - offset;
   }
 };
 

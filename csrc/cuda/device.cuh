@@ -1,7 +1,8 @@
-// What the kernels need from the device: wide loads, merges over a warp and a block, and a place
-// for data that a thread reads twice.
+// What the kernels need from the device: wide loads, a fast exponential, and merges over a warp and
+// a block.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "../core/kernel_args.h"
@@ -48,49 +49,35 @@ __device__ void store_vector(scalar_t* to, const Vector<scalar_t, kSize>& vector
   *reinterpret_cast<Vector<scalar_t, kSize>*>(to) = vector;
 }
 
-// Dynamic shared memory for data that a thread reads twice. A thread reads back only what it wrote
-// itself, so no barrier is needed.
-template <typename Unit>
-class Stage {
- public:
-  // `slots` has room for some units per thread of the block. Null: nothing is kept, and the second
-  // read comes from global memory.
-  __device__ explicit Stage(unsigned char* slots) : slots_(reinterpret_cast<Unit*>(slots)) {}
+// 2^x in one instruction, with a relative error of at most 2^-22 (PTX ISA, ex2.approx). Results
+// below the smallest normal number are 0. The harness has a twin that is as wrong as that.
+#ifndef SIMT_CPU
+__device__ inline float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+#endif
 
-  __device__ bool keeps() const { return slots_ != nullptr; }
-  __device__ void put(int64_t slot, const Unit& unit) const { slots_[index(slot)] = unit; }
-  __device__ Unit get(int64_t slot) const { return slots_[index(slot)]; }
-
- private:
-  // Neighbouring threads use neighbouring slots: no bank conflicts.
-  __device__ static int64_t index(int64_t slot) { return slot * blockDim.x + threadIdx.x; }
-
-  Unit* slots_;
-};
+// e^x of a logit minus a maximum.
+__device__ inline float exponential(float x) {
+  constexpr float kLog2OfE = 1.44269504088896341f;
+  return exp2_approx(x * kLog2OfE);
+}
+__device__ inline double exponential(double x) { return std::exp(x); }
 
 // The value of the lane whose index differs in the bits of `mask`.
 template <typename T>
-__device__ RowStats<T> shuffle_xor(const RowStats<T>& stats, int mask) {
-  RowStats<T> other;
-  other.max = __shfl_xor_sync(kFullMask, stats.max, mask);
-  other.sum_exp = __shfl_xor_sync(kFullMask, stats.sum_exp, mask);
-  other.sum_shifted = __shfl_xor_sync(kFullMask, stats.sum_shifted, mask);
-  other.count = __shfl_xor_sync(kFullMask, stats.count, mask);
-  return other;
-}
-
-__device__ inline GroupCounts shuffle_xor(const GroupCounts& counts, int mask) {
-  GroupCounts other;
-  other.inliers = __shfl_xor_sync(kFullMask, counts.inliers, mask);
-  other.outliers = __shfl_xor_sync(kFullMask, counts.outliers, mask);
-  return other;
-}
-
-__device__ inline GroupSums shuffle_xor(const GroupSums& sums, int mask) {
-  GroupSums other;
-  other.inliers = __shfl_xor_sync(kFullMask, sums.inliers, mask);
-  other.outliers = __shfl_xor_sync(kFullMask, sums.outliers, mask);
-  other.counts = shuffle_xor(sums.counts, mask);
+__device__ T shuffle_xor(const T& value, int mask) {
+  constexpr int kWords = sizeof(T) / sizeof(unsigned);
+  static_assert(sizeof(T) % sizeof(unsigned) == 0, "whole words");
+  unsigned words[kWords];
+  std::memcpy(words, &value, sizeof(T));
+  for (int i = 0; i < kWords; ++i) {
+    words[i] = __shfl_xor_sync(kFullMask, words[i], mask);
+  }
+  T other;
+  std::memcpy(&other, words, sizeof(T));
   return other;
 }
 
@@ -109,14 +96,14 @@ __device__ T merge_lanes(T value, int lanes) {
 // must call it, and the block must be whole warps.
 //
 // Shared mem:  one T per warp.
-// Sync:        every warp waits for every warp's result; the second barrier keeps the next call
-//              from overwriting results that a slow warp still reads.
+// Sync:        every warp waits for every warp's result. The next call for this T overwrites them:
+//              one for another T, or a barrier, must lie between.
 template <typename T>
 __device__ T merge_block(T value) {
   constexpr int kMaxWarps = 1024 / kWarpSize;
-  constexpr int kWords = sizeof(T) / sizeof(unsigned long long);
-  static_assert(sizeof(T) % sizeof(unsigned long long) == 0, "whole words");
-  __shared__ unsigned long long results[kMaxWarps * kWords];
+  constexpr int kWords = sizeof(T) / sizeof(unsigned);
+  static_assert(sizeof(T) % sizeof(unsigned) == 0, "whole words");
+  __shared__ unsigned results[kMaxWarps * kWords];
 
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -130,18 +117,49 @@ __device__ T merge_block(T value) {
   if (lane < num_warps) {
     std::memcpy(&other, results + lane * kWords, sizeof(T));
   }
-  value = merge_lanes(other, kWarpSize);
-  __syncthreads();
-  return value;
+  return merge_lanes(other, kWarpSize);
 }
 
 // Values that one kernel of a call leaves for the next, one per block. The next kernel sums them in
 // a fixed order and without atomics, so the bits are the same every time.
 struct Partials {
-  GroupCounts* counts = nullptr;  // [num_counts], from count_rows; or null
+  GroupCounts* counts = nullptr;  // [num_counts], or null
   GroupSums* sums = nullptr;      // [num_sums], from the forward; null for none
   int num_counts = 0;
   int num_sums = 0;
+  bool counted = false;  // by count_rows; else the forward's first block leaves the counts
+};
+
+// The sums of the losses of one thread. An inlier counts as 1: with class weights, the counts of a
+// mean come from another kernel.
+struct ThreadSums {
+  __device__ void add(RowKind kind, double loss) {
+    if (kind == RowKind::kInlier) {
+      inliers += loss;
+      ++num_inliers;
+    } else if (kind == RowKind::kOutlier) {
+      outliers += loss;
+      ++num_outliers;
+    }
+  }
+
+  // Leaves the sums of a block to the next kernel. All threads must call it.
+  __device__ void leave(const Partials& partials) const {
+    if (partials.sums != nullptr) {
+      const GroupSums sums = merge_block(
+          GroupSums{inliers,
+                    outliers,
+                    {static_cast<double>(num_inliers), static_cast<double>(num_outliers)}});
+      if (threadIdx.x == 0) {
+        partials.sums[blockIdx.x] = sums;
+      }
+    }
+  }
+
+  double inliers = 0;
+  double outliers = 0;
+  unsigned num_inliers = 0;
+  unsigned num_outliers = 0;
 };
 
 // Merges an array; returns the result to every thread of the block.
@@ -154,35 +172,103 @@ __device__ T merge_partials(const T* partials, int num_partials) {
   return merge_block(total);
 }
 
-// The divisors of the gradient that the forward writes: from the given counts, or from those that
-// count_rows left.
+// The counts of a thread's labels.
+template <typename acc_t>
+struct ThreadCounts {
+  __device__ void add(int64_t label, const LabelRule& rule,
+                      const ClassWeights<acc_t>& class_weights) {
+    outliers += rule.is_outlier(label);
+    const bool inlier = rule.is_inlier(label);
+    inliers += inlier;
+    if (inlier && class_weights.data != nullptr) {
+      inlier_weight += static_cast<double>(class_weights[label]);
+    }
+  }
+
+  double inlier_weight = 0;
+  unsigned inliers = 0;
+  unsigned outliers = 0;
+};
+
+// The integer of `bits` bits that begins at bit `position` of 16 bytes.
+__device__ inline int64_t integer_in(const Vector<uint64_t, 2>& unit, int position, int bits,
+                                     bool is_unsigned) {
+  const uint64_t word = position < 64 ? unit.values[0] : unit.values[1];
+  const uint64_t top = word << (64 - bits - position % 64);
+  return is_unsigned ? static_cast<int64_t>(top >> (64 - bits))
+                     : static_cast<int64_t>(top) >> (64 - bits);
+}
+
+// The counts of a block's labels: of `threads` threads each takes 16 bytes in turn, four at once.
+// All threads of the block must call it.
+template <typename acc_t>
+__device__ GroupCounts count_labels(const Labels& labels, const ClassWeights<acc_t>& class_weights,
+                                    int64_t num_rows, int64_t thread, int64_t threads) {
+  using Unit = Vector<uint64_t, 2>;
+  constexpr int kAtOnce = 4;
+  const int bits = 8 * labels.element_size();
+  const bool is_unsigned = labels.are_unsigned();
+  const Unit* units = static_cast<const Unit*>(labels.data);
+  const bool aligned = reinterpret_cast<uintptr_t>(units) % kVectorBytes == 0;
+  const int64_t labels_per_unit = 8 * kVectorBytes / bits;
+  const int64_t num_units = aligned ? num_rows / labels_per_unit : 0;
+  ThreadCounts<acc_t> counts;
+  for (int64_t first = thread; first < num_units; first += kAtOnce * threads) {
+    Unit loaded[kAtOnce];
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * threads < num_units) {
+        loaded[i] = units[first + i * threads];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      for (int bit = 0; bit < 8 * kVectorBytes && first + i * threads < num_units; bit += bits) {
+        counts.add(integer_in(loaded[i], bit, bits, is_unsigned), labels.rule, class_weights);
+      }
+    }
+  }
+  for (int64_t row = num_units * labels_per_unit + thread; row < num_rows; row += threads) {
+    counts.add(labels[row], labels.rule, class_weights);
+  }
+  return merge_block(GroupCounts{
+      class_weights.data != nullptr ? counts.inlier_weight : static_cast<double>(counts.inliers),
+      static_cast<double>(counts.outliers)});
+}
+
+// The divisor of each group, in the dtype of the arithmetic.
+template <typename acc_t>
+struct Divisors {
+  __device__ explicit Divisors(const GroupDivisors& divisors)
+      : inliers(static_cast<acc_t>(divisors.inliers)),
+        outliers(static_cast<acc_t>(divisors.outliers)) {}
+
+  __device__ acc_t of(RowKind kind) const { return kind == RowKind::kOutlier ? outliers : inliers; }
+
+  acc_t inliers;
+  acc_t outliers;
+};
+
+// The divisors of the gradient that the forward writes: from the given counts, from those that
+// count_rows left, or from all labels.
 template <typename scalar_t, typename acc_t>
 __device__ GroupDivisors forward_divisors(const ForwardArgs<scalar_t, acc_t>& args,
                                           const Partials& partials) {
   if (!args.needs_counts_first()) {
     return args.divisors();
   }
-  return args.divisor_rule(merge_partials(partials.counts, partials.num_counts));
-}
-
-// The gradient of a row, from the statistics that the forward saved.
-template <typename scalar_t, typename acc_t>
-__device__ RowGradient<acc_t> backward_gradient(const BackwardArgs<scalar_t, acc_t>& args,
-                                                int64_t row) {
-  const int64_t label = args.labels[row];
-  const RowKind kind = args.labels.rule.kind(label);
-  const auto coefficients = args.coefficients(row, label, kind);
-  if (!coefficients.counts) {
-    return RowGradient<acc_t>();
+  const bool is_first = blockIdx.x == 0;
+  if (args.grad_logits == nullptr && (partials.counted || !is_first)) {
+    return GroupDivisors();  // only write_loss divides
   }
-  return args.row_gradient(coefficients, args.class_here(label, kind), kind, args.row_max[row],
-                           args.row_sum_exp[row], args.grad[row], args.divisors());
-}
-
-template <typename scalar_t>
-__device__ auto logit_at(const scalar_t* row, const RowLayout& layout, int64_t cls) {
-  using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-  return static_cast<acc_t>(row[layout.class_offset(cls)]);
+  if (partials.counted) {
+    return args.divisor_rule(merge_partials(partials.counts, partials.num_counts));
+  }
+  const GroupCounts counts = count_labels(args.labels, args.class_weights, args.layout.num_rows(),
+                                          threadIdx.x, blockDim.x);
+  if (is_first && threadIdx.x == 0) {
+    *partials.counts = counts;
+  }
+  return args.divisor_rule(counts);
 }
 
 }  // namespace oe_ext::cuda

@@ -22,13 +22,28 @@ int64_t max_blocks() { return simt::max_blocks; }
 int64_t max_stage_bytes() { return simt::max_stage_bytes; }
 #else
 constexpr int64_t max_blocks() { return kMaxBlocks; }
-constexpr int64_t max_stage_bytes() { return kMaxStageBytes; }
+
+// Of a block on the current device: 60 KB on sm_75, 95 KB to 223 KB on newer ones.
+int64_t max_stage_bytes() {
+  int device = 0;
+  int bytes = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes - kStaticSharedBytes;
+}
 #endif
 
-constexpr int64_t kCountRowsPerThread = 16;
-constexpr int64_t kMaxCountBlocks = kMaxCountPartials;
+constexpr int64_t kLabelBytesPerThread = 4 * kVectorBytes;  // that count_rows loads at once
+constexpr int64_t kMaxRowsToCountTwice = 2048;  // up to this, every block counts all labels itself
+
 constexpr int kWarpTeamThreads = 128;
 constexpr int64_t kMaxWarpClasses = 1024;  // above, the whole block processes a row
+constexpr int64_t kMaxUnitsPerLane = 8;
+constexpr int kLogBlockTeam = 8;
+constexpr int64_t kMaxBlockClasses = 16384;  // above, it is one of kMaxRowsThreads
+
+// What a thread takes of the stage where it need not, or cannot, hold a whole row.
+constexpr int64_t kPartOfRowBytes = 256;
 
 // The only place that starts a kernel; max_threads is its launch bound. In the CPU harness
 // simt::launch starts it, and refuses a larger block, as a GPU would.
@@ -42,6 +57,11 @@ void launch(const char* name, void (*kernel)(Params...), int max_threads, int64_
   simt::launch(name, max_threads, grid, block, static_cast<size_t>(shared_bytes), kernel, args...);
 #else
   (void)name, (void)max_threads;
+  if (shared_bytes > kDefaultStageBytes) {
+    C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+  }
   // clang-format off: it tears the brackets of a launch apart
   kernel<<<grid, block, static_cast<size_t>(shared_bytes), stream>>>(args...);
   // clang-format on
@@ -53,18 +73,32 @@ int64_t blocks_for(int64_t num_items, int64_t items_per_block, int64_t limit) {
   return std::clamp<int64_t>((num_items + items_per_block - 1) / items_per_block, 1, limit);
 }
 
-template <typename scalar_t>
-bool is_aligned(const scalar_t* data) {
-  return reinterpret_cast<std::uintptr_t>(data) % kVectorBytes == 0;
+// Are rows contiguous, and does each row of the gradient begin as far from a 16-byte boundary as
+// that of the logits? Then both can be walked in 16-byte steps.
+template <typename Args>
+bool rows_are_aligned_alike(const Args& args) {
+  constexpr int64_t kSize = kVectorBytes / sizeof(*args.logits);
+  const RowLayout& x = args.layout;
+  const RowLayout& grad = args.grad_layout;
+  if (x.class_stride != 1 || args.grad_logits == nullptr) {
+    return x.class_stride == 1;
+  }
+  const auto differ = [](int64_t size, int64_t stride, int64_t other) {
+    return size > 1 && (stride - other) % kSize != 0;
+  };
+  const auto distance = reinterpret_cast<std::uintptr_t>(args.logits) -
+                        reinterpret_cast<std::uintptr_t>(args.grad_logits);
+  return grad.class_stride == 1 && distance % kVectorBytes == 0 &&
+         !differ(x.num_outer, x.outer_stride, grad.outer_stride) &&
+         !differ(x.num_inner, x.inner_stride, grad.inner_stride);
 }
 
-// Can every row be read in 16-byte steps along its classes?
-template <typename scalar_t>
-bool rows_are_aligned(const scalar_t* data, const RowLayout& layout) {
-  constexpr int64_t kSize = kVectorSize<scalar_t>;
-  const bool outer = layout.num_outer == 1 || layout.outer_stride % kSize == 0;
-  const bool inner = layout.num_inner == 1 || layout.inner_stride % kSize == 0;
-  return layout.class_stride == 1 && outer && inner && is_aligned(data);
+// Few classes fill too few units to be worth it.
+template <typename Args>
+bool rows_are_wide(const Args& args) {
+  constexpr int64_t kMinUnits = 8;
+  constexpr int64_t kSize = kVectorBytes / sizeof(*args.logits);
+  return rows_are_aligned_alike(args) && args.layout.num_classes >= kMinUnits * kSize;
 }
 
 // Can every class be read in 16-byte steps along the rows?
@@ -73,99 +107,105 @@ bool pixels_are_aligned(const scalar_t* data, const RowLayout& layout) {
   constexpr int64_t kSize = kVectorSize<scalar_t>;
   const bool outer = layout.num_outer == 1 || layout.outer_stride % kSize == 0;
   return layout.inner_stride == 1 && layout.num_inner % kSize == 0 && outer &&
-         layout.class_stride % kSize == 0 && is_aligned(data);
+         layout.class_stride % kSize == 0 &&
+         reinterpret_cast<std::uintptr_t>(data) % kVectorBytes == 0;
 }
 
-// Does it hold for the logits, and for the gradient if one is written?
 template <typename Args>
-bool both_are(auto aligned, const Args& args) {
-  return aligned(args.logits, args.layout) &&
-         (args.grad_logits == nullptr || aligned(args.grad_logits, args.grad_layout));
+bool pixels_are_aligned(const Args& args) {
+  return pixels_are_aligned(args.logits, args.layout) &&
+         (args.grad_logits == nullptr || pixels_are_aligned(args.grad_logits, args.grad_layout));
+}
+
+// How many units of a row a thread keeps in the stage: all, if it `wants` that and they fit.
+int stage_capacity(bool wants, int64_t units_per_thread, int64_t threads, int64_t unit_bytes) {
+  const int64_t room = max_stage_bytes() / (threads * unit_bytes);
+  const int64_t part = std::min(room, kPartOfRowBytes / unit_bytes);
+  const int64_t units =
+      wants && units_per_thread <= room ? units_per_thread : std::min(part, units_per_thread);
+  return static_cast<int>(std::max<int64_t>(units, 1));
 }
 
 // The launch configuration of the rows kernels. A unit is what a thread moves at once.
 struct RowsPlan {
-  RowsPlan(const RowLayout& layout, int64_t unit_size, int64_t unit_bytes) {
+  RowsPlan(const RowLayout& layout, int unit_size) {
     const int64_t num_units = layout.num_classes / unit_size;
     if (layout.num_classes <= kMaxWarpClasses) {
-      threads = kWarpTeamThreads;
-      lanes = static_cast<int>(unit_size);  // enough for the classes that fill no unit
-      while (lanes < kWarpSize && lanes < num_units) {
-        lanes *= 2;
+      // In a team of few lanes, less is done once for a row; they are enough for the classes that
+      // fill no unit.
+      while (lanes() < kWarpSize &&
+             (lanes() < 2 * (unit_size - 1) || lanes() * kMaxUnitsPerLane < num_units)) {
+        ++log_lanes;
       }
     } else {
-      threads = lanes = kMaxRowsThreads;
+      log_lanes = layout.num_classes <= kMaxBlockClasses ? kLogBlockTeam : kLogMaxRowsThreads;
+      threads = lanes();
     }
-    blocks = blocks_for(layout.num_rows(), threads / lanes, max_blocks());
-    const int64_t units_per_thread = (num_units + lanes - 1) / lanes;
-    const int64_t bytes = units_per_thread * threads * unit_bytes;
-    fits_stage = bytes <= max_stage_bytes();
-    stage_bytes = fits_stage ? bytes : 0;
+    blocks = blocks_for(layout.num_rows(), threads / lanes(), max_blocks());
+    units_per_thread = (num_units + lanes() - 1) / lanes();
   }
 
-  int threads;
-  int lanes;
+  int lanes() const { return 1 << log_lanes; }
+
+  int threads = kWarpTeamThreads;
+  int log_lanes = 0;
   int64_t blocks;
-  bool fits_stage;
-  int64_t stage_bytes;
+  int64_t units_per_thread;
 };
 
-// The launch configuration of the pixels kernels: as many threads as the stage has room for.
-struct PixelsPlan {
-  PixelsPlan(const RowLayout& layout, int64_t unit_size, int64_t unit_bytes, bool wants_stage) {
-    const int64_t thread_bytes = layout.num_classes * unit_bytes;
-    threads = kMaxPixelsThreads;
-    while (wants_stage && threads > kWarpSize && threads * thread_bytes > max_stage_bytes()) {
-      threads /= 2;
-    }
-    fits_stage = wants_stage && threads * thread_bytes <= max_stage_bytes();
-    if (!fits_stage) {
-      threads = kMaxPixelsThreads;
-    }
-    stage_bytes = fits_stage ? threads * thread_bytes : 0;
-    blocks = blocks_for(layout.num_rows(), threads * unit_size, max_blocks());
+// The threads of a block, so that the stages of three fit a multiprocessor. 0: not even one of the
+// smallest block does.
+int pixel_threads(int64_t thread_bytes) {
+  int threads = kMaxPixelsThreads;
+  while (threads > kWarpSize && 3 * threads * thread_bytes > max_stage_bytes()) {
+    threads /= 2;
   }
-
-  int threads;
-  int64_t blocks;
-  bool fits_stage;
-  int64_t stage_bytes;
-};
+  return threads * thread_bytes <= max_stage_bytes() ? threads : 0;
+}
 
 #define OE_EXT_LAUNCH(kernel, ...) launch(#kernel, kernel, __VA_ARGS__)
 
 template <int kSize, typename scalar_t, typename acc_t>
 int64_t forward_rows(const ForwardArgs<scalar_t, acc_t>& args, const Partials& partials,
                      Stream stream) {
-  const RowsPlan plan(args.layout, kSize, kSize * sizeof(scalar_t));
-  const bool staged = args.grad_logits != nullptr && plan.fits_stage;
+  constexpr int64_t kUnitBytes = kSize * sizeof(acc_t);
+  const RowsPlan plan(args.layout, kSize);
+  const int capacity =
+      stage_capacity(args.grad_logits != nullptr, plan.units_per_thread, plan.threads, kUnitBytes);
   OE_EXT_LAUNCH((outlier_exposure_forward_rows_kernel<scalar_t, acc_t, kSize>), kMaxRowsThreads,
-                plan.blocks, plan.threads, staged ? plan.stage_bytes : 0, stream, args, partials,
-                plan.lanes, staged);
+                plan.blocks, plan.threads, capacity * plan.threads * kUnitBytes, stream, args,
+                partials, plan.log_lanes, capacity);
   return plan.blocks;
 }
 
 template <int kSize, typename scalar_t, typename acc_t>
 void backward_rows(const BackwardArgs<scalar_t, acc_t>& args, Stream stream) {
-  const RowsPlan plan(args.layout, kSize, kSize * sizeof(scalar_t));
+  const RowsPlan plan(args.layout, kSize);
   OE_EXT_LAUNCH((outlier_exposure_backward_rows_kernel<scalar_t, acc_t, kSize>), kMaxRowsThreads,
-                plan.blocks, plan.threads, 0, stream, args, plan.lanes);
+                plan.blocks, plan.threads, 0, stream, args, plan.log_lanes);
 }
 
 template <int kSize, typename scalar_t, typename acc_t>
-int64_t forward_pixels(const ForwardArgs<scalar_t, acc_t>& args, const PixelsPlan& plan,
-                       const Partials& partials, Stream stream) {
+int64_t forward_pixels(const ForwardArgs<scalar_t, acc_t>& args, const Partials& partials,
+                       Stream stream) {
+  constexpr int64_t kUnitBytes = kSize * sizeof(acc_t);
+  const int64_t num_classes = args.layout.num_classes;
+  const int staged_threads = pixel_threads(num_classes * kUnitBytes);
+  const bool keeps = args.grad_logits != nullptr && staged_threads > 0;
+  const int threads = keeps ? staged_threads : kMaxPixelsThreads;
+  const int capacity = stage_capacity(keeps, num_classes, threads, kUnitBytes);
+  const int64_t blocks = blocks_for(args.layout.num_rows(), threads * kSize, max_blocks());
   OE_EXT_LAUNCH((outlier_exposure_forward_pixels_kernel<scalar_t, acc_t, kSize>), kMaxPixelsThreads,
-                plan.blocks, plan.threads, plan.stage_bytes, stream, args, partials,
-                plan.fits_stage);
-  return plan.blocks;
+                blocks, threads, capacity * threads * kUnitBytes, stream, args, partials, capacity);
+  return blocks;
 }
 
 template <int kSize, typename scalar_t, typename acc_t>
 void backward_pixels(const BackwardArgs<scalar_t, acc_t>& args, Stream stream) {
-  const PixelsPlan plan(args.layout, kSize, kSize * sizeof(scalar_t), /*wants_stage=*/false);
+  const int64_t blocks =
+      blocks_for(args.layout.num_rows(), kMaxPixelsThreads * kSize, max_blocks());
   OE_EXT_LAUNCH((outlier_exposure_backward_pixels_kernel<scalar_t, acc_t, kSize>),
-                kMaxPixelsThreads, plan.blocks, plan.threads, 0, stream, args);
+                kMaxPixelsThreads, blocks, kMaxPixelsThreads, 0, stream, args);
 }
 
 // Chooses the kernel and its width; returns how many blocks left a sum.
@@ -174,17 +214,16 @@ int64_t forward_all_rows(const ForwardArgs<scalar_t, acc_t>& args, const Partial
                          Stream stream) {
   constexpr int kSize = kVectorSize<scalar_t>;
   if (!args.layout.is_class_major()) {
-    return both_are(rows_are_aligned<scalar_t>, args) ? forward_rows<kSize>(args, partials, stream)
-                                                      : forward_rows<1>(args, partials, stream);
+    return rows_are_wide(args) ? forward_rows<kSize>(args, partials, stream)
+                               : forward_rows<1>(args, partials, stream);
   }
-  const bool wants_gradient = args.grad_logits != nullptr;
-  const PixelsPlan wide_plan(args.layout, kSize, kVectorBytes, wants_gradient);
-  const PixelsPlan narrow_plan(args.layout, 1, sizeof(scalar_t), wants_gradient);
-  const bool aligned = both_are(pixels_are_aligned<scalar_t>, args);
-  // With many classes, the stage fits only one pixel per thread.
-  const bool wide = aligned && (wide_plan.fits_stage || !narrow_plan.fits_stage);
-  return wide ? forward_pixels<kSize>(args, wide_plan, partials, stream)
-              : forward_pixels<1>(args, narrow_plan, partials, stream);
+  // With many classes, the stage of wide loads would leave too few threads on a multiprocessor.
+  const int64_t wide_bytes =
+      kMaxPixelsThreads * args.layout.num_classes * int64_t(kSize * sizeof(acc_t));
+  const bool wide = pixels_are_aligned(args) &&
+                    (args.grad_logits == nullptr || 2 * wide_bytes <= max_stage_bytes());
+  return wide ? forward_pixels<kSize>(args, partials, stream)
+              : forward_pixels<1>(args, partials, stream);
 }
 
 }  // namespace
@@ -198,11 +237,16 @@ void forward(const ForwardArgs<scalar_t, acc_t>& args, void* scratch, Stream str
   }
   if (args.needs_counts_first() && num_rows > 0) {
     partials.counts = reinterpret_cast<GroupCounts*>(static_cast<GroupSums*>(scratch) + kMaxBlocks);
-    partials.num_counts = static_cast<int>(blocks_for(
-        num_rows, kReduceThreads * kCountRowsPerThread, std::min(kMaxCountBlocks, max_blocks())));
-    OE_EXT_LAUNCH(outlier_exposure_count_rows_kernel<acc_t>, kReduceThreads, partials.num_counts,
-                  kReduceThreads, 0, stream, args.labels, args.class_weights, num_rows,
-                  partials.counts);
+    partials.num_counts = 1;
+    partials.counted = num_rows > kMaxRowsToCountTwice;
+    if (partials.counted) {
+      partials.num_counts = static_cast<int>(blocks_for(num_rows * args.labels.element_size(),
+                                                        kReduceThreads * kLabelBytesPerThread,
+                                                        std::min(kMaxCountPartials, max_blocks())));
+      OE_EXT_LAUNCH(outlier_exposure_count_rows_kernel<acc_t>, kReduceThreads, partials.num_counts,
+                    kReduceThreads, 0, stream, args.labels, args.class_weights, num_rows,
+                    partials.counts);
+    }
   }
   if (num_rows > 0) {
     partials.num_sums = static_cast<int>(forward_all_rows(args, partials, stream));
@@ -217,11 +261,10 @@ template <typename scalar_t, typename acc_t>
 void backward(const BackwardArgs<scalar_t, acc_t>& args, Stream stream) {
   constexpr int kSize = kVectorSize<scalar_t>;
   if (args.layout.is_class_major()) {
-    both_are(pixels_are_aligned<scalar_t>, args) ? backward_pixels<kSize>(args, stream)
-                                                 : backward_pixels<1>(args, stream);
+    pixels_are_aligned(args) ? backward_pixels<kSize>(args, stream)
+                             : backward_pixels<1>(args, stream);
   } else {
-    both_are(rows_are_aligned<scalar_t>, args) ? backward_rows<kSize>(args, stream)
-                                               : backward_rows<1>(args, stream);
+    rows_are_wide(args) ? backward_rows<kSize>(args, stream) : backward_rows<1>(args, stream);
   }
 }
 

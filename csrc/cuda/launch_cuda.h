@@ -3,15 +3,16 @@
 //
 //   logits and gradient                    | kernel              | threads of a row
 //   neighbours in memory are classes       | *_rows_kernel       | up to 1024 classes: lanes of a
-//     ([N, C], channels_last)              |                     | warp; more: a block of 256
+//     ([N, C], channels_last)              |                     | warp; more: a block
 //   neighbours are rows (contiguous        | *_pixels_kernel     | one, for one row or, with wide
 //     [N, C, H, W], transposed [N, C])     |                     | loads, for several
 //
-// A thread moves 16 bytes at once if rows or pixels are aligned for it, else one element at a time;
-// also pixels whose classes fit a block's shared memory only then. count_rows runs before the
-// forward's kernel if a gradient, or a mean with class weights, needs counts that nobody gave, and
-// write_loss after it if the loss is a scalar. Every dtype runs the same kernels: double in double,
-// float, Half and BFloat16 in float.
+// A thread moves 16 bytes at once along contiguous classes or pixels: rows from any address, if
+// they are not short and the gradient is aligned alike; pixels if all classes are aligned, and the
+// shared memory holds enough of them. Else it moves one element at a time. count_rows runs before
+// the forward's kernel if a gradient, or a mean with class weights, needs counts that nobody gave
+// and there are many rows, and write_loss after it if the loss is a scalar. Every dtype runs the
+// same kernels: double in double, float, Half and BFloat16 in float.
 #pragma once
 
 #include "../core/kernel_args.h"
@@ -28,11 +29,14 @@ using Stream = void*;
 using Stream = cudaStream_t;
 #endif
 
-// Blocks of a grid, whose kernels stride over what is left; also the number of partial sums.
-constexpr int64_t kMaxBlocks = 4096;
-constexpr int64_t kMaxCountPartials = 128;
-// Every GPU gives a block this much dynamic shared memory without being asked in advance.
-constexpr int64_t kMaxStageBytes = 48 * 1024 - 4 * 1024;  // the rest is for merge_block
+// Blocks of a grid, whose kernels stride over what is left; also the number of partial sums. More
+// than fit a GPU at once would pay again for what a block does before its first row.
+constexpr int64_t kMaxBlocks = 1024;
+constexpr int64_t kMaxCountPartials = 512;
+// Shared memory of a block: for merge_block, and what every GPU gives to the stage without being
+// asked in advance.
+constexpr int64_t kStaticSharedBytes = 4 * 1024;
+constexpr int64_t kDefaultStageBytes = 48 * 1024 - kStaticSharedBytes;
 
 // What forward() needs for its partial sums, aligned to 16 bytes.
 constexpr int64_t kScratchBytes =

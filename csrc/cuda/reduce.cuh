@@ -10,24 +10,19 @@ namespace oe_ext::cuda {
 constexpr int kReduceThreads = 256;
 
 // The counts of each block's labels.
-// Work split:  thread i of the grid takes rows i, i + threads, ...; a block merges its threads
-// Reads:       labels [num_rows], 1 pass; class_weights [num_classes]
+// Work split:  a thread of the grid takes 16 bytes in turn, four at once; a block merges its
+// threads Reads:       labels [num_rows], 1 pass, 16 bytes at once; class_weights [num_classes]
 // Writes:      partials [gridDim.x]
 // Shared mem:  merge_block's     Sync: merge_block's; the loop before it has no barrier
 // Numerics:    double
 // Assumes:     blockDim.x is a multiple of 32 (launch_cuda.cu)
-// Used when:   the forward writes the gradient of a mean, or there are class weights
+// Used when:   the forward writes the gradient of a mean, or there are class weights; many rows
 template <typename acc_t>
 __global__ void __launch_bounds__(kReduceThreads, kMinBlocks)
     outlier_exposure_count_rows_kernel(Labels labels, ClassWeights<acc_t> class_weights,
                                        int64_t num_rows, GroupCounts* partials) {
-  GroupCounts counts;
-  for (int64_t row = grid_thread(); row < num_rows; row += grid_threads()) {
-    const int64_t label = labels[row];
-    const RowKind kind = labels.rule.kind(label);
-    counts.add(kind, kind == RowKind::kInlier ? static_cast<double>(class_weights[label]) : 0.0);
-  }
-  counts = merge_block(counts);
+  const GroupCounts counts =
+      count_labels(labels, class_weights, num_rows, grid_thread(), grid_threads());
   if (threadIdx.x == 0) {
     partials[blockIdx.x] = counts;
   }

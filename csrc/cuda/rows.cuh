@@ -1,214 +1,247 @@
 // The kernels for logits whose neighbours in memory are classes: [N, C], channels_last.
 #pragma once
 
-#include "device.cuh"
+#include "units.cuh"
 
 namespace oe_ext::cuda {
 
-// The largest block, and the launch bound. 512 threads would leave each 128 registers, and double
-// takes up to 204.
-constexpr int kMaxRowsThreads = 256;
+// The largest block, and the launch bound.
+constexpr int kLogMaxRowsThreads = 9;
+constexpr int kMaxRowsThreads = 1 << kLogMaxRowsThreads;
 
-// The threads that process a row together: some lanes of a warp, a power of two, or the whole
-// block. A block processes blockDim.x / lanes rows at once.
+// The threads that process a row together: some lanes of a warp, or the whole block; 2^log_lanes. A
+// block processes several rows at once if its teams are smaller.
 struct Team {
-  __device__ explicit Team(int lanes)
-      : lanes(lanes),
-        lane(static_cast<int>(threadIdx.x) % lanes),
-        index(static_cast<int>(threadIdx.x) / lanes),
-        teams(static_cast<int>(blockDim.x) / lanes) {}
+  __device__ explicit Team(int log_lanes)
+      : log_lanes(log_lanes),
+        lanes(1 << log_lanes),
+        lane(static_cast<int>(threadIdx.x) & (lanes - 1)),
+        index(static_cast<int>(threadIdx.x) >> log_lanes),
+        teams(static_cast<int>(blockDim.x) >> log_lanes) {}
 
-  // The first row of the block, and the step to its next row.
-  __device__ int64_t first_row() const { return static_cast<int64_t>(blockIdx.x) * teams; }
+  // The first row of the team, and the step to its next row.
+  __device__ int64_t first_row() const { return static_cast<int64_t>(blockIdx.x) * teams + index; }
   __device__ int64_t row_step() const { return static_cast<int64_t>(gridDim.x) * teams; }
 
   template <typename T>
-  __device__ T merge(T value) const {
+  __device__ T merge(const T& value) const {
     return lanes <= kWarpSize ? merge_lanes(value, lanes) : merge_block(value);
   }
 
+  int log_lanes;
   int lanes;
   int lane;   // of this thread in its team
   int index;  // of the team in its block
   int teams;
 };
 
-// How a team walks a row of the logits or of their gradient: lane i takes the units i, i + lanes,
-// ..., of kSize classes each, then at most one of the classes that fill no unit. If kSize > 1, the
-// classes are contiguous, the row is aligned to kSize elements, and there are at least kSize lanes.
+// How a team walks a row of the logits or of their gradient. Lane i takes the units i, i + lanes,
+// ..., of kSize classes each, and at most one class of those before and after all units. If
+// kSize > 1, the classes are contiguous, and units begin where the address is a multiple of their
+// size; there are lanes enough for the classes that fill no unit, at most 2 (kSize - 1).
 template <int kSize>
 struct RowWalk {
-  __device__ RowWalk(int64_t num_classes, const Team& team)
-      : num_units(num_classes / kSize),
-        lane(team.lane),
-        lanes(team.lanes),
-        rest(num_units * kSize + team.lane),
-        has_rest(rest < num_classes) {}
+  template <typename scalar_t>
+  __device__ RowWalk(const scalar_t* row, int64_t num_classes, const Team& team)
+      : team(team),
+        head(elements_to_boundary(row)),
+        num_units(num_classes > head ? (num_classes - head) / kSize : 0),
+        count(static_cast<int>((num_units - team.lane + team.lanes - 1) >> team.log_lanes)),
+        rest(team.lane < head ? team.lane : num_units * kSize + team.lane),
+        has_rest(kSize > 1 && rest < num_classes) {}
 
-  // The unit that the lane takes in this step.
-  __device__ int64_t unit(int64_t step) const { return lane + step * lanes; }
+  template <typename scalar_t>
+  __device__ static int elements_to_boundary(const scalar_t* row) {
+    const uintptr_t elements = reinterpret_cast<uintptr_t>(row) / sizeof(scalar_t);
+    return static_cast<int>(-elements & (kSize - 1));
+  }
 
+  // The units of this lane.
+  template <typename scalar_t>
+  __device__ Units<scalar_t> units(scalar_t* row, const RowLayout& layout) const {
+    return {row + layout.class_offset(head + static_cast<int64_t>(team.lane) * kSize),
+            layout.class_offset(static_cast<int64_t>(team.lanes) * kSize)};
+  }
+
+  // Is a class in one of the units?
+  __device__ bool in_units(int64_t cls) const {
+    return cls >= head && cls < head + num_units * kSize;
+  }
+
+  // The lane that has a class.
+  __device__ int owner(int64_t cls) const {
+    const int64_t in_turn = ((cls - head) / kSize) & (team.lanes - 1);
+    const int64_t at_end = cls < head ? cls : cls - num_units * kSize;
+    return static_cast<int>(in_units(cls) ? in_turn : at_end);
+  }
+
+  // Where the owner has a class that is in its units.
+  __device__ LabelPlace place(int64_t cls) const {
+    return {((cls - head) / kSize) >> team.log_lanes, static_cast<int>(cls - head) & (kSize - 1)};
+  }
+
+  // Loads the logit of the class that fills no unit, and raises the maximum to it.
+  template <typename scalar_t, typename acc_t>
+  __device__ acc_t load_rest(const scalar_t* row, acc_t& max) const {
+    const acc_t logit = has_rest ? static_cast<acc_t>(row[rest]) : acc_t(0);
+    max = has_rest ? std::fmax(max, logit) : max;
+    return logit;
+  }
+
+  template <typename acc_t>
+  __device__ void add_rest(acc_t logit, int64_t label, RowSums<acc_t>& sums) const {
+    if (has_rest) {
+      sums.add(logit);
+      sums.label_logit = rest == label ? logit : sums.label_logit;
+    }
+  }
+
+  template <typename scalar_t, typename acc_t>
+  __device__ void write_rest(const RowGradient<acc_t>& gradient, acc_t logit, int64_t label,
+                             scalar_t* grad) const {
+    if (has_rest) {
+      grad[rest] = static_cast<scalar_t>(gradient(logit, rest == label));
+    }
+  }
+
+  const Team& team;
+  int head;  // the number of classes before all units
   int64_t num_units;
-  int lane;
-  int lanes;
-  int64_t rest;  // the class that fills no unit, if has_rest
+  int count;     // of this lane's units
+  int64_t rest;  // this lane's class that fills no unit, if has_rest
   bool has_rest;
 };
 
-template <int kSize, typename scalar_t>
-__device__ Vector<scalar_t, kSize> load_unit(const scalar_t* row, const RowLayout& layout,
-                                             int64_t unit) {
-  return load_vector<kSize>(row + layout.class_offset(unit * kSize));
-}
+template <typename acc_t>
+struct RowMax {
+  acc_t value = std::numeric_limits<acc_t>::lowest();
 
-// How many units a thread loads at once.
-template <int kSize>
-constexpr int kUnitsAtOnce = static_cast<int>(kClassBlock) / kSize;
+  __device__ void merge(const RowMax& other) { value = std::fmax(value, other.value); }
+};
 
-// The statistics of one lane's share of a row. `stage` keeps its units.
-template <int kSize, typename acc_t, typename scalar_t>
-__device__ RowStats<acc_t> lane_stats(const scalar_t* row, const RowLayout& layout,
-                                      const RowWalk<kSize>& walk,
-                                      const Stage<Vector<scalar_t, kSize>>& stage) {
-  constexpr int kAtOnce = kUnitsAtOnce<kSize>;
-  RowStats<acc_t> stats;
-  for (int64_t step = 0; walk.unit(step) < walk.num_units; step += kAtOnce) {
-    Vector<scalar_t, kSize> units[kAtOnce];
-    acc_t max = stats.max;
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (walk.unit(step + i) < walk.num_units) {
-        units[i] = load_unit<kSize>(row, layout, walk.unit(step + i));
-      }
-    }
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (walk.unit(step + i) < walk.num_units) {
-        if (stage.keeps()) {
-          stage.put(step + i, units[i]);
-        }
-        for (int k = 0; k < kSize; ++k) {
-          const auto x = static_cast<acc_t>(units[i].values[k]);
-          max = x > max ? x : max;
-        }
-      }
-    }
-    auto block = RowStats<acc_t>::with_max(max);
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (walk.unit(step + i) < walk.num_units) {
-        for (int k = 0; k < kSize; ++k) {
-          block.add(static_cast<acc_t>(units[i].values[k]));
-        }
-      }
-    }
-    stats.merge(block);
-  }
-  if constexpr (kSize > 1) {
-    if (walk.has_rest) {
-      stats.push(static_cast<acc_t>(row[layout.class_offset(walk.rest)]));
-    }
-  }
-  return stats;
-}
+// Sums relative to the maximum of the row.
+template <typename acc_t>
+struct RowStats {
+  acc_t sum_exp = 0;
+  acc_t mean_shifted = 0;
 
-// Writes the gradients of one lane's share of a row: zeros if the row does not count, without
-// reading its logits. The logits come from `stage`, if it keeps them.
-template <int kSize, typename scalar_t, typename acc_t>
-__device__ void write_lane_gradients(const RowGradient<acc_t>& gradient, const scalar_t* row,
-                                     const RowLayout& layout, scalar_t* grad_row,
-                                     const RowLayout& grad_layout, const RowWalk<kSize>& walk,
-                                     const Stage<Vector<scalar_t, kSize>>& stage) {
-  constexpr int kAtOnce = kUnitsAtOnce<kSize>;
-  for (int64_t step = 0; walk.unit(step) < walk.num_units; step += kAtOnce) {
-    Vector<scalar_t, kSize> units[kAtOnce];
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (gradient.active && walk.unit(step + i) < walk.num_units) {
-        units[i] = stage.keeps() ? stage.get(step + i)
-                                 : load_unit<kSize>(row, layout, walk.unit(step + i));
-      }
-    }
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int64_t unit = walk.unit(step + i);
-      if (unit < walk.num_units) {
-        Vector<scalar_t, kSize> result;
-        for (int k = 0; k < kSize; ++k) {
-          const auto x = gradient.active ? static_cast<acc_t>(units[i].values[k]) : acc_t(0);
-          result.values[k] = static_cast<scalar_t>(gradient(x, unit * kSize + k));
-        }
-        store_vector(grad_row + grad_layout.class_offset(unit * kSize), result);
-      }
-    }
+  __device__ void merge(const RowStats& other) {
+    sum_exp += other.sum_exp;
+    mean_shifted += other.mean_shifted;
   }
-  if constexpr (kSize > 1) {
-    if (walk.has_rest) {
-      const auto x =
-          gradient.active ? static_cast<acc_t>(row[layout.class_offset(walk.rest)]) : acc_t(0);
-      grad_row[grad_layout.class_offset(walk.rest)] = static_cast<scalar_t>(gradient(x, walk.rest));
-    }
-  }
-}
+};
 
 // The loss and the statistics of every row and, on request, the gradient for an upstream gradient
 // of 1.
-// Work split:  one team of `lanes` threads per row; blocks stride over the rows
-// Reads:       logits [num_rows, num_classes], 1 pass, plus the logit at the label; for the
-//              gradient again those that fill no vector, and all if a row does not fit the stage
-//              (from L2: the block has just read them); labels and alpha [num_rows];
-//              class_weights [num_classes]; partials.counts
+// Work split:  one team of 2^log_lanes threads per row; blocks stride over the rows
+// Reads:       logits [num_rows, num_classes], 1 pass, and for the gradient a second one if a row
+//              does not fit the stage (from L2: the block has just read them); labels and alpha
+//              [num_rows]; class_weights [num_classes]; partials.counts, or all labels
 // Writes:      on request row_loss, row_cross_entropy, row_max, row_sum_exp, [num_rows], and
 //              grad_logits, 1 pass, zeros for rows that do not count;
 //              partials.sums [gridDim.x]
-// Shared mem:  merge_block's; dynamic: the stage, for the units of blockDim.x / lanes rows, or none
+// Shared mem:  merge_block's; dynamic: the stage, `capacity` units per thread
 // Sync:        shuffles within a warp and the barriers of merge_block. All threads reach them: the
 //              trip count of the loop over rows depends on the block alone
-// Numerics:    acc_t; each lane keeps a running maximum and sums relative to it, which merge in a
-//              fixed order. -inf and NaN: see RowStats. The sums over rows are in double
-// Assumes:     blockDim.x is a multiple of 32 and of lanes, at most kMaxRowsThreads; lanes is a
-//              power of two up to 32, or blockDim.x (launch_cuda.cu)
-// Used when:   the class stride is not above the row stride; kSize > 1 if every row of the logits
-//              and of the gradient is aligned
+// Numerics:    acc_t; each lane keeps a maximum and sums relative to it, which merge in a fixed
+//              order. -inf and NaN: see RowSums. The sums over rows are in double
+// Assumes:     blockDim.x is a multiple of 32, at most kMaxRowsThreads; 2^log_lanes is up to 32, or
+//              blockDim.x (launch_cuda.cu)
+// Used when:   the class stride is not above the row stride; kSize > 1 if the classes of a row are
+//              contiguous, and each row of the gradient is aligned like that of the logits
 template <typename scalar_t, typename acc_t, int kSize>
 __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
     outlier_exposure_forward_rows_kernel(ForwardArgs<scalar_t, acc_t> args, Partials partials,
-                                         int lanes, bool staged) {
+                                         int log_lanes, int capacity) {
   OE_EXT_DYNAMIC_SHARED(slots);
-  const Stage<Vector<scalar_t, kSize>> stage(staged ? slots : nullptr);
-  const GroupDivisors divisors = forward_divisors(args, partials);
-  const Team team(lanes);
-  const RowWalk<kSize> walk(args.layout.num_classes, team);
+  const Stage<acc_t, kSize> stage(slots, capacity);
+  const Divisors<acc_t> divisors(forward_divisors(args, partials));
+  const Team team(log_lanes);
   const int64_t num_rows = args.layout.num_rows();
-  GroupSums sums;
-  for (int64_t first = team.first_row(); first < num_rows; first += team.row_step()) {
-    const int64_t row = first + team.index;
+  // Does the stage hold a whole row?
+  const bool fits = args.layout.num_classes / kSize <= static_cast<int64_t>(capacity) * team.lanes;
+  const double share = 1.0 / static_cast<double>(args.num_classes());
+  ThreadSums sums;
+  int64_t next_label = team.first_row() < num_rows ? args.labels[team.first_row()] : 0;
+  // Depends on the block alone: teams without a row of their own go on with the others.
+  for (int64_t row = team.first_row(); (row - team.index) < num_rows; row += team.row_step()) {
     const bool exists = row < num_rows;
-    const int64_t label = exists ? args.labels[row] : 0;
+    const int64_t label = next_label;  // loaded while the row before was processed
+    if (row + team.row_step() < num_rows) {
+      next_label = args.labels[row + team.row_step()];
+    }
     const RowKind kind = exists ? args.labels.rule.kind(label) : RowKind::kIgnored;
     CUDA_KERNEL_ASSERT(kind != RowKind::kInvalid && "target must be a class or a special label");
     const scalar_t* x = args.logits + (exists ? args.layout.row_offset(row) : 0);
+    const RowWalk<kSize> walk(x, args.layout.num_classes, team);
     const int64_t cls = args.class_here(label, kind);
-    const auto coefficients = args.coefficients(row, label, kind);
-    const bool active = args.is_active(coefficients, kind);
-    RowStats<acc_t> stats;
-    if (active) {
-      stats = lane_stats<kSize, acc_t>(x, args.layout, walk, stage);
+    const int owner = cls >= 0 ? walk.owner(cls) : 0;
+    const LabelPlace place[1] = {team.lane == owner && walk.in_units(cls) ? walk.place(cls)
+                                                                          : LabelPlace()};
+    const bool active = args.is_active(args.coefficients(row, label, kind), kind);
+
+    const auto units = walk.units(x, args.layout);
+    RowSums<acc_t> part[1];  // of this lane
+    acc_t rest_logit = 0;
+    if constexpr (kSize > 1) {
+      if (active) {
+        rest_logit = walk.load_rest(x, part[0].max);
+      }
     }
-    stats = team.merge(stats);
-    if (exists && team.lane == 0) {
-      const acc_t label_shifted = cls >= 0 ? logit_at(x, args.layout, cls) - stats.max : acc_t(0);
-      const acc_t loss = args.write_row(row, coefficients, kind, active, stats, label_shifted);
+    // Over the whole row, if it is there: the backward's exponentials will have the same bits.
+    const auto merge_max = [&](acc_t& max) { max = team.merge(RowMax<acc_t>{max}).value; };
+    sum_units(
+        units, walk.count, active, stage, capacity, place,
+        [&](acc_t(&max)[1]) {
+          if (fits) {
+            merge_max(max[0]);
+          }
+        },
+        part);
+    acc_t max = part[0].max;
+    if (!fits) {  // every lane has units
+      merge_max(max);
+      part[0].raise_to(max, static_cast<int64_t>(walk.count) * kSize);
+    }
+    if constexpr (kSize > 1) {
+      if (active) {
+        walk.add_rest(rest_logit, cls, part[0]);
+      }
+    }
+    const RowStats<acc_t> mine = {static_cast<acc_t>(part[0].sum_exp),
+                                  static_cast<acc_t>(part[0].sum_shifted * share)};
+    const RowStats<acc_t> stats = team.merge(mine);
+    const auto coefficients = args.coefficients(row, label, kind);
+    if (exists && team.lane == owner) {
+      const acc_t label_shifted = cls >= 0 ? part[0].label_logit - max : acc_t(0);
+      const acc_t loss = args.write_row(row, coefficients, kind, active, max, stats.sum_exp,
+                                        label_shifted, stats.mean_shifted);
       sums.add(kind, static_cast<double>(loss));
     }
     if (exists && args.grad_logits != nullptr) {
-      write_lane_gradients<kSize>(
-          args.row_gradient(coefficients, cls, kind, stats.max, stats.sum_exp, acc_t(1), divisors),
-          x, args.layout, args.grad_logits + args.grad_layout.row_offset(row), args.grad_layout,
-          walk, stage);
+      RowGradient<acc_t> gradient[1];
+      if (coefficients.counts) {
+        gradient[0] = RowGradient<acc_t>::of_row(
+            max,
+            args.gradient_coefficients(coefficients, stats.sum_exp, acc_t(1), divisors.of(kind)),
+            true);
+      }
+      scalar_t* grad = args.grad_logits + args.grad_layout.row_offset(row);
+      const auto grad_units = walk.units(grad, args.grad_layout);
+      if (!coefficients.counts) {
+        write_zeros<kSize>(walk.count, grad_units);
+      } else if (fits) {
+        subtract_labels(stage, gradient, place);
+        write_from_stage(stage, walk.count, gradient, grad_units);
+      } else {
+        write_from_logits<1, kSize>(units, walk.count, gradient, place, grad_units);
+      }
+      if constexpr (kSize > 1) {
+        walk.write_rest(gradient[0], rest_logit, cls, grad);
+      }
     }
   }
-  if (partials.sums != nullptr) {
-    sums = merge_block(sums);
-    if (threadIdx.x == 0) {
-      partials.sums[blockIdx.x] = sums;
-    }
-  }
+  sums.leave(partials);
 }
 
 // The gradient of every row.
@@ -223,18 +256,35 @@ __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
 // Used when:   as the forward kernel
 template <typename scalar_t, typename acc_t, int kSize>
 __global__ void __launch_bounds__(kMaxRowsThreads, kMinBlocks)
-    outlier_exposure_backward_rows_kernel(BackwardArgs<scalar_t, acc_t> args, int lanes) {
+    outlier_exposure_backward_rows_kernel(BackwardArgs<scalar_t, acc_t> args, int log_lanes) {
   if (args.is_done()) {
     return;
   }
-  const Stage<Vector<scalar_t, kSize>> no_stage(nullptr);
-  const Team team(lanes);
-  const RowWalk<kSize> walk(args.layout.num_classes, team);
+  const Team team(log_lanes);
   const int64_t num_rows = args.layout.num_rows();
-  for (int64_t row = team.first_row() + team.index; row < num_rows; row += team.row_step()) {
-    write_lane_gradients<kSize>(
-        backward_gradient(args, row), args.logits + args.layout.row_offset(row), args.layout,
-        args.grad_logits + args.grad_layout.row_offset(row), args.grad_layout, walk, no_stage);
+  for (int64_t row = team.first_row(); row < num_rows; row += team.row_step()) {
+    int64_t cls;
+    const RowGradient<acc_t> gradient[1] = {backward_gradient(args, row, cls)};
+    const scalar_t* x = args.logits + args.layout.row_offset(row);
+    const RowWalk<kSize> walk(x, args.layout.num_classes, team);
+    const LabelPlace place[1] = {
+        walk.in_units(cls) && team.lane == walk.owner(cls) ? walk.place(cls) : LabelPlace()};
+    scalar_t* grad = args.grad_logits + args.grad_layout.row_offset(row);
+    const auto grad_units = walk.units(grad, args.grad_layout);
+    acc_t rest_logit = 0;
+    if (gradient[0].counts()) {
+      write_from_logits<1, kSize>(walk.units(x, args.layout), walk.count, gradient, place,
+                                  grad_units);
+      if constexpr (kSize > 1) {
+        acc_t max = 0;
+        rest_logit = walk.load_rest(x, max);
+      }
+    } else {
+      write_zeros<kSize>(walk.count, grad_units);
+    }
+    if constexpr (kSize > 1) {
+      walk.write_rest(gradient[0], rest_logit, cls, grad);
+    }
   }
 }
 

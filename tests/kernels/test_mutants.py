@@ -16,12 +16,13 @@ import simt_device
 import simt_runs
 import torch
 from mutants import MUTANTS_OF_WORK, Mutant
+from mutants_of_launch import MUTANTS_OF_LAUNCH
 from mutants_of_meaning import MUTANTS_OF_MEANING
 from paths import ROOT
 
 pytestmark = pytest.mark.mutants
 
-MUTANTS = MUTANTS_OF_WORK + MUTANTS_OF_MEANING
+MUTANTS = MUTANTS_OF_WORK + MUTANTS_OF_LAUNCH + MUTANTS_OF_MEANING
 
 SEEDS = (1, 2, 3)
 # The wrong copies are compiled for two dtypes: every way is in both.

@@ -16,8 +16,8 @@ uint3 block_index;
 dim3 grid_size;
 dim3 block_size;
 
-int64_t max_blocks = 4096;
-int64_t max_stage_bytes = 44 * 1024;
+int64_t max_blocks = 1024;
+int64_t max_stage_bytes = 223 * 1024;
 
 Fiber* current = nullptr;
 unsigned current_block = 0;

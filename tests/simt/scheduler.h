@@ -39,8 +39,8 @@ extern unsigned current_block;  // its number, from 1
 // Whose stack an address lies on, or -1.
 int stack_owner(uintptr_t address);
 
-// The dynamic shared memory of the running kernel.
-constexpr size_t kMaxSharedBytes = 48 * 1024;
+// The dynamic shared memory of the running kernel: as much as a block of sm_90 may ask for.
+constexpr size_t kMaxSharedBytes = 227 * 1024;
 extern size_t shared_bytes;
 
 // The checker is told when a kernel starts, when a block ends, and when the kernel does.

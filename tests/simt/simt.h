@@ -8,8 +8,10 @@
 // Include c10's headers first: they must not see these macros.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -109,4 +111,16 @@ inline void __syncwarp(unsigned mask = ~0u) { simt::meet_warp(mask, "__syncwarp"
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return simt::exchange(mask, value, static_cast<int>(simt::lane()) ^ lane_mask, "__shfl_xor_sync");
+}
+
+// 2^x as wrong as a GPU's may be: off by up to 2 units in the last place (the bound that the PTX ISA
+// gives for ex2.approx), here by an amount that depends on the bits of x; 0 where it would not be a
+// normal number; exact at 0 and infinity.
+inline float exp2_approx(float x) {
+  const float result = std::exp2(x);
+  if (x == 0 || !std::isfinite(x) || !std::isfinite(result)) return result;
+  if (result < std::numeric_limits<float>::min()) return 0;
+  const auto hash = __builtin_bit_cast(uint32_t, x) * 2654435761u >> 16;
+  const int ulps = static_cast<int>(hash % 5) - 2;
+  return __builtin_bit_cast(float, __builtin_bit_cast(int32_t, result) + ulps);
 }

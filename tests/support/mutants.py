@@ -1,5 +1,7 @@
-"""Deliberate bugs in the CUDA kernels and launchers: how work is split, synchronised and launched.
-mutants_of_meaning.py has those in what is computed.
+"""Deliberate bugs in the CUDA kernels: how work is split and synchronised.
+
+mutants_of_launch.py has those in the counts and the launchers, mutants_of_meaning.py those in what
+is computed.
 
 Each is a text that occurs once in its file and what replaces it. None is in any build but the one
 that the tests make, to see it die.
@@ -19,6 +21,7 @@ class Mutant:
 
 
 DEVICE = "csrc/cuda/device.cuh"
+UNITS = "csrc/cuda/units.cuh"
 ROWS = "csrc/cuda/rows.cuh"
 PIXELS = "csrc/cuda/pixels.cuh"
 REDUCE = "csrc/cuda/reduce.cuh"
@@ -37,10 +40,10 @@ MUTANTS_OF_WORK = [
         "  T other;",
     ),
     Mutant(
-        "merge_block: no barrier before the next call",
-        DEVICE,
-        "  value = merge_lanes(other, kWarpSize);\n  __syncthreads();",
-        "  value = merge_lanes(other, kWarpSize);",
+        "rows: two merges of one kind follow each other",
+        ROWS,
+        "max = team.merge(RowMax<acc_t>{max}).value;",
+        "max = team.merge(team.merge(RowMax<acc_t>{max})).value;",
     ),
     Mutant(
         "merge_block: every lane writes its warp's result",
@@ -74,15 +77,15 @@ MUTANTS_OF_WORK = [
     ),
     Mutant(
         "stage: threads share their slots",
-        DEVICE,
-        "return slot * blockDim.x + threadIdx.x;",
-        "return slot * blockDim.x + threadIdx.x / 2;",
+        UNITS,
+        "* kWarpSize + lane;",
+        "* kWarpSize + lane / 2;",
     ),
     Mutant(
-        "stage: its stride is a warp",
-        DEVICE,
-        "return slot * blockDim.x + threadIdx.x;",
-        "return slot * kWarpSize + threadIdx.x;",
+        "stage: warps share their slots",
+        UNITS,
+        "reinterpret_cast<Piece*>(shared) + warp * capacity",
+        "reinterpret_cast<Piece*>(shared) + warp * (capacity - 1)",
     ),
     Mutant(
         "rows: threads without a row leave before the barrier",
@@ -91,25 +94,83 @@ MUTANTS_OF_WORK = [
         "    const bool exists = row < num_rows;\n    if (!exists) return;\n",
     ),
     Mutant(
+        "rows: a team ends with its own last row",
+        ROWS,
+        "(row - team.index) < num_rows;",
+        "row < num_rows;",
+    ),
+    Mutant(
         "rows: only active rows are merged",
         ROWS,
-        "      stats = lane_stats<kSize, acc_t>(x, args.layout, walk, stage);\n    }\n"
-        "    stats = team.merge(stats);",
-        "      stats = lane_stats<kSize, acc_t>(x, args.layout, walk, stage);\n"
-        "      stats = team.merge(stats);\n    }",
+        "max = team.merge(RowMax<acc_t>{max}).value;",
+        "max = active ? team.merge(RowMax<acc_t>{max}).value : max;",
+    ),
+    Mutant(
+        "rows: the label is that of the row before",
+        ROWS,
+        "next_label = args.labels[row + team.row_step()];",
+        "next_label = args.labels[row];",
     ),
     # Walks
     Mutant(
+        "units: those that fill no group are dropped",
+        UNITS,
+        "    in_halves<kAtOnce / 2>(first, count, body);",
+        "",
+    ),
+    Mutant(
+        "units: a group too many",
+        UNITS,
+        "for (; first + kAtOnce <= count; first += kAtOnce)",
+        "for (; first < count; first += kAtOnce)",
+    ),
+    Mutant(
+        "units: the second part of a row overwrites the first one's sums",
+        UNITS,
+        "        rows[r].raise_to(max[r], first * (kSize / kRows));",
+        "        rows[r] = RowSums<acc_t>();",
+    ),
+    Mutant(
+        "units: the second part of a row keeps the first one's maximum",
+        UNITS,
+        "        rows[r].raise_to(max[r], first * (kSize / kRows));",
+        "",
+    ),
+    Mutant(
+        "units: as many classes as units",
+        UNITS,
+        "first * (kSize / kRows)",
+        "first",
+    ),
+    Mutant(
+        "units: the label is looked for in the first part alone",
+        UNITS,
+        "if (slot >= 0 && slot < n) {",
+        "if (first == 0 && slot >= 0 && slot < n) {",
+    ),
+    Mutant(
         "rows: the classes that fill no vector are dropped",
         ROWS,
-        "has_rest(rest < num_classes)",
+        "has_rest(kSize > 1 && rest < num_classes)",
         "has_rest(false)",
+    ),
+    Mutant(
+        "rows: all begin at a 16-byte boundary",
+        ROWS,
+        "return static_cast<int>(-elements & (kSize - 1));",
+        "return 0;",
+    ),
+    Mutant(
+        "rows: the classes before the first unit are left to those after the last one",
+        ROWS,
+        "rest(team.lane < head ? team.lane : num_units * kSize + team.lane)",
+        "rest(num_units * kSize + team.lane)",
     ),
     Mutant(
         "rows: a unit too many",
         ROWS,
-        "      if (walk.unit(step + i) < walk.num_units) {\n        units[i] = load_unit",
-        "      if (walk.unit(step + i) <= walk.num_units) {\n        units[i] = load_unit",
+        "(num_units - team.lane + team.lanes - 1) >> team.log_lanes",
+        "(num_units - team.lane + team.lanes) >> team.log_lanes",
     ),
     Mutant(
         "rows: blocks step by threads, not by teams",
@@ -120,81 +181,104 @@ MUTANTS_OF_WORK = [
     Mutant(
         "rows: blocks start one row late",
         ROWS,
-        "static_cast<int64_t>(blockIdx.x) * teams; }",
-        "static_cast<int64_t>(blockIdx.x) * teams + 1; }",
+        "static_cast<int64_t>(blockIdx.x) * teams + index; }",
+        "static_cast<int64_t>(blockIdx.x) * teams + index + 1; }",
     ),
     Mutant(
         "rows: the gradient goes where the logits' strides say",
         ROWS,
-        "x, args.layout, args.grad_logits + args.grad_layout.row_offset(row), args.grad_layout,",
-        "x, args.layout, args.grad_logits + args.layout.row_offset(row), args.grad_layout,",
+        "      scalar_t* grad = args.grad_logits + args.grad_layout.row_offset(row);",
+        "      scalar_t* grad = args.grad_logits + args.layout.row_offset(row);",
     ),
     Mutant(
-        "rows: a tail that is not scaled",
+        "rows: a class that fills no unit is taken for the label",
         ROWS,
-        "static_cast<scalar_t>(gradient(x, walk.rest));",
-        "static_cast<scalar_t>(std::exp(x - gradient.max));",
+        "static_cast<scalar_t>(gradient(logit, rest == label));",
+        "static_cast<scalar_t>(gradient(logit, true));",
     ),
     Mutant(
         "rows: every lane writes the row's sums",
         ROWS,
-        "if (exists && team.lane == 0) {",
+        "if (exists && team.lane == owner) {",
         "if (exists) {",
     ),
     Mutant(
-        "rows: each unit is read twice",
+        "rows: the first lane has every label",
         ROWS,
-        "stage.keeps() ? stage.get(step + i)\n",
-        "false ? stage.get(step + i)\n",
+        "const int owner = cls >= 0 ? walk.owner(cls) : 0;",
+        "const int owner = 0;",
+    ),
+    Mutant(
+        "rows: the stage is not used",
+        ROWS,
+        "      } else if (fits) {",
+        "      } else if (fits && row < 0) {",
     ),
     Mutant(
         "rows: neighbouring lanes are not on neighbouring units",
         ROWS,
-        "return lane + step * lanes; }",
-        "return lane * ((num_units + lanes - 1) / lanes) + step < num_units && "
-        "step < (num_units + lanes - 1) / lanes ? lane * ((num_units + lanes - 1) / lanes) + step "
-        ": num_units; }",
+        "layout.class_offset(head + static_cast<int64_t>(team.lane) * kSize),\n"
+        "            layout.class_offset(static_cast<int64_t>(team.lanes) * kSize)};",
+        "layout.class_offset(head + (num_units >> team.log_lanes) * team.lane * kSize +\n"
+        "                std::min<int64_t>(num_units & (team.lanes - 1), team.lane) * kSize),\n"
+        "            layout.class_offset(kSize)};",
     ),
     Mutant(
-        "pixels: the last class is dropped",
+        "pixels: a lane's units are as far apart as its rows",
         PIXELS,
-        "  for (int64_t begin = 0; begin < layout.num_classes; begin += kAtOnce) {\n"
-        "    Vector<scalar_t, kSize> units[kAtOnce];\n    for (int i = 0; i < kAtOnce; ++i) {\n"
-        "      if (begin + i < layout.num_classes) {",
-        "  for (int64_t begin = 0; begin < layout.num_classes; begin += kAtOnce) {\n"
-        "    Vector<scalar_t, kSize> units[kAtOnce];\n    for (int i = 0; i < kAtOnce; ++i) {\n"
-        "      units[i] = {};\n      if (begin + i + 1 < layout.num_classes) {",
+        "args.logits + layout.row_offset(first),\n"
+        "                                         layout.class_stride};",
+        "args.logits + layout.row_offset(first),\n"
+        "                                         layout.inner_stride};",
     ),
     Mutant(
         "pixels: the grid's stride forgets the width",
         PIXELS,
-        "    int64_t cls[kSize];",
-        "    if (first / kSize >= grid_threads()) break;\n    int64_t cls[kSize];",
+        "    LabelPlace places[kSize];\n    bool any_read = false;",
+        "    if (first / kSize >= grid_threads()) break;\n"
+        "    LabelPlace places[kSize];\n    bool any_read = false;",
     ),
     Mutant(
         "pixels: the label of the first row for all of a vector",
         PIXELS,
-        "const int64_t label = args.labels[first + k];",
-        "const int64_t label = args.labels[first];",
+        "args.labels.read(first, row_labels);  // again",
+        "std::fill_n(row_labels, kSize, args.labels[first]);  // again",
+    ),
+    Mutant(
+        "pixels: the place of the first row's label for all of a vector",
+        PIXELS,
+        "args.labels.read(first, row_labels);\n",
+        "std::fill_n(row_labels, kSize, args.labels[first]);\n",
     ),
     Mutant(
         "pixels: statistics of the first row for all of a vector",
         PIXELS,
-        "args.row_gradient(coefficients[k], cls[k], kind[k], stats[k].max,",
-        "args.row_gradient(coefficients[k], cls[k], kind[k], stats[0].max,",
+        "const auto sum_exp = static_cast<acc_t>(rows[k].sum_exp);",
+        "const auto sum_exp = static_cast<acc_t>(rows[0].sum_exp);",
     ),
     Mutant(
-        "pixels: the first row decides for all whether to look",
+        "pixels: the last row decides for all whether to look",
         PIXELS,
-        "any_active |= args.is_active(coefficients[k], kind[k]);",
-        "any_active = args.is_active(coefficients[0], kind[0]);",
+        "any_read |= kind ==",
+        "any_read = kind ==",
     ),
     Mutant(
-        "pixels: no sum is left by the last warp",
+        "the label's part stays in the stage",
+        UNITS,
+        "if (gradients[r].counts() && labels[r].unit >= 0) {",
+        "if (false) {",
+    ),
+    Mutant(
+        "pixels: a NaN stays in the stage",
         PIXELS,
-        "    sums = merge_block(sums);\n    if (threadIdx.x == 0) {\n      partials.sums",
-        "    sums = merge_lanes(sums, kWarpSize);\n"
-        "    if (threadIdx.x == 0) {\n      partials.sums",
+        "!gradients[k].counts() && std::isnan(rows[k].sum_exp);",
+        "false;",
+    ),
+    Mutant(
+        "sums: the last warp leaves none",
+        DEVICE,
+        "    if (partials.sums != nullptr) {",
+        "    if (partials.sums != nullptr && threadIdx.x + kWarpSize < blockDim.x) {",
     ),
     Mutant(
         "offsets of rows in 32 bits",
@@ -204,108 +288,14 @@ MUTANTS_OF_WORK = [
     ),
     Mutant(
         "offsets of classes in 32 bits",
-        ARGS,
-        "return cls * class_stride; }",
-        "return static_cast<int>(cls * class_stride); }",
+        UNITS,
+        "return data + unit * stride; }",
+        "return data + static_cast<int>(unit * stride); }",
     ),
     Mutant(
         "offsets of images in 32 bits",
         ARGS,
         "return outer * outer_stride + (row - outer * num_inner) * inner_stride;",
         "return static_cast<int>(outer * outer_stride) + (row - outer * num_inner) * inner_stride;",
-    ),
-    # Reduction
-    Mutant(
-        "counts: a block counts every row",
-        REDUCE,
-        "for (int64_t row = grid_thread(); row < num_rows; row += grid_threads())",
-        "for (int64_t row = threadIdx.x; row < num_rows; row += blockDim.x)",
-    ),
-    Mutant(
-        "counts: rows beyond the grid are not counted",
-        REDUCE,
-        "row < num_rows; row += grid_threads())",
-        "row < num_rows; row += num_rows)",
-    ),
-    Mutant(
-        "loss: every thread writes it",
-        REDUCE,
-        "  if (threadIdx.x == 0) {\n    output.write",
-        "  {\n    output.write",
-    ),
-    Mutant(
-        "partials: the last one is not added",
-        DEVICE,
-        "i < num_partials; i +=",
-        "i < num_partials - 1; i +=",
-    ),
-    # Launchers
-    Mutant(
-        "launch: rows are taken for aligned whatever their stride",
-        LAUNCH,
-        "layout.num_inner == 1 || layout.inner_stride % kSize == 0;\n  return layout.class_stride",
-        "true;\n  return layout.class_stride",
-    ),
-    Mutant(
-        "launch: the base pointer's alignment is not looked at",
-        LAUNCH,
-        "% kVectorBytes == 0;\n}",
-        "% sizeof(scalar_t) == 0;\n}",
-    ),
-    Mutant(
-        "launch: pixels are taken for aligned whatever their number",
-        LAUNCH,
-        "layout.num_inner % kSize == 0 && outer &&",
-        "outer &&",
-    ),
-    Mutant(
-        "launch: strided classes are read as vectors",
-        LAUNCH,
-        "return layout.class_stride == 1 && outer",
-        "return outer",
-    ),
-    Mutant(
-        "launch: the stage is half as large as needed",
-        LAUNCH,
-        "const int64_t bytes = units_per_thread * threads * unit_bytes;",
-        "const int64_t bytes = units_per_thread * threads * unit_bytes / 2;",
-    ),
-    Mutant(
-        "launch: too few lanes for the classes that fill no vector",
-        LAUNCH,
-        "lanes = static_cast<int>(unit_size);",
-        "lanes = 1;",
-    ),
-    Mutant(
-        "launch: the counts of the first block stand for all",
-        LAUNCH,
-        "  if (num_rows > 0) {\n    partials.num_sums",
-        "  partials.num_counts = partials.num_counts > 0;\n"
-        "  if (num_rows > 0) {\n    partials.num_sums",
-    ),
-    Mutant(
-        "launch: the vector kernels are never chosen",
-        LAUNCH,
-        "  return aligned(args.logits, args.layout) &&",
-        "  return false && aligned(args.logits, args.layout) &&",
-    ),
-    Mutant(
-        "launch: a launcher looks at the counts",
-        LAUNCH,
-        "  if (num_rows > 0) {\n    partials.num_sums",
-        "  if (args.output.counts != nullptr) args.output.counts[0] = 0;\n"
-        "  if (num_rows > 0) {\n    partials.num_sums",
-    ),
-    Mutant(
-        "launch: no gradient in the forward's stage",
-        LAUNCH,
-        "const bool staged = args.grad_logits != nullptr && plan.fits_stage;",
-        "const bool staged = false;",
-    ),
-    Mutant(
-        "launch: long rows get more threads than the launch bounds",
-        LAUNCH,
-        "threads = lanes = kMaxRowsThreads;",
-        "threads = lanes = 2 * kMaxRowsThreads;",
     ),
 ]

@@ -1,13 +1,48 @@
 """Deliberate bugs in what the CUDA kernels compute; see mutants.py."""
 
-from mutants import ARGS, DEVICE, LABELS, MATHS, PIXELS, REDUCE, REDUCTION, ROWS, Mutant
+from mutants import (
+    ARGS,
+    DEVICE,
+    LABELS,
+    MATHS,
+    PIXELS,
+    REDUCE,
+    REDUCTION,
+    ROWS,
+    UNITS,
+    Mutant,
+)
 
 MUTANTS_OF_MEANING = [
     Mutant(
         "the maximum is not subtracted",
+        UNITS,
+        "const acc_t shifted = unit.values[k] - rows[k % kRows].max;",
+        "const acc_t shifted = unit.values[k];",
+    ),
+    Mutant(
+        "the exponential has another base",
+        DEVICE,
+        "return exp2_approx(x * kLog2OfE);",
+        "return exp2_approx(x);",
+    ),
+    Mutant(
+        "exponentials in the stage are relative to the lane's maximum",
         ROWS,
-        "auto block = RowStats<acc_t>::with_max(max);",
-        "auto block = RowStats<acc_t>::with_max(acc_t(0));",
+        "            merge_max(max[0]);\n",
+        "",
+    ),
+    Mutant(
+        "the sum of shifted logits is a float",
+        UNITS,
+        "  double sum_shifted = 0;",
+        "  acc_t sum_shifted = 0;",
+    ),
+    Mutant(
+        "NaN counts in rows that do not",
+        UNITS,
+        "counts ? std::numeric_limits<acc_t>::infinity() : acc_t(0)};",
+        "std::numeric_limits<acc_t>::infinity()};",
     ),
     Mutant(
         "the uniform term is dropped",
@@ -18,8 +53,8 @@ MUTANTS_OF_MEANING = [
     Mutant(
         "the label's exponential is as any other",
         MATHS,
-        "cls == label ? exp_shifted - coefficients.at_label : exp_shifted;",
-        "exp_shifted;",
+        "(is_label ? exp_shifted - at_label : exp_shifted)",
+        "exp_shifted",
     ),
     Mutant(
         "alpha weighs the inliers",
@@ -47,15 +82,15 @@ MUTANTS_OF_MEANING = [
     ),
     Mutant(
         "the groups' means share a count",
-        ARGS,
-        "kind == RowKind::kOutlier ? divisors.outliers : divisors.inliers);",
-        "divisors.outliers);",
+        DEVICE,
+        "return kind == RowKind::kOutlier ? outliers : inliers;",
+        "return outliers;",
     ),
     Mutant(
         "rows that do not count leave what was there",
         PIXELS,
-        "        store_vector(grad + grad_layout.class_offset(cls), result);",
-        "        if (any_active) store_vector(grad + grad_layout.class_offset(cls), result);",
+        "      write_zeros<kSize>(num_classes, grad_units);",
+        "",
     ),
     Mutant(
         "the backward takes every upstream gradient for 1",
@@ -101,16 +136,16 @@ MUTANTS_OF_MEANING = [
     ),
     Mutant(
         "the upstream gradient is the first row's",
-        DEVICE,
-        "args.row_sum_exp[row], args.grad[row], args.divisors());",
-        "args.row_sum_exp[row], args.grad[0], args.divisors());",
+        UNITS,
+        "args.row_sum_exp[row], args.grad[row], divisor)",
+        "args.row_sum_exp[row], args.grad[0], divisor)",
     ),
     # Class weights
     Mutant(
         "class weights: not in the counts that divide the forward's gradient",
-        REDUCE,
-        "kind == RowKind::kInlier ? static_cast<double>(class_weights[label]) : 0.0);",
-        "kind == RowKind::kInlier ? 1.0 : 0.0);",
+        DEVICE,
+        "inlier_weight += static_cast<double>(class_weights[label]);",
+        "inlier_weight += 1;",
     ),
     Mutant(
         "class weights: not in the counts that divide the loss",
@@ -124,7 +159,7 @@ MUTANTS_OF_MEANING = [
         "GradientCoefficients<acc_t>::of_row(row, sum_exp, row.weight * upstream / divisor,",
         "GradientCoefficients<acc_t>::of_row(\n"
         "                row, sum_exp,\n"
-        "                (kind == RowKind::kOutlier ? row.weight : acc_t(1)) * upstream / divisor,",
+        "                (row.label == acc_t(0) ? row.weight : acc_t(1)) * upstream / divisor,",
     ),
     Mutant(
         "class weights: not in the loss",
@@ -146,10 +181,16 @@ MUTANTS_OF_MEANING = [
         "weight != acc_t(0)",
     ),
     Mutant(
-        "outliers count by their alpha",
-        REDUCTION,
-        "outliers += kind == RowKind::kOutlier ? 1.0 : 0.0;",
-        "outliers += kind == RowKind::kOutlier ? class_weight : 0.0;",
+        "class weights: without a gradient, nobody counts",
+        DEVICE,
+        "(partials.counted || !is_first)",
+        "true",
+    ),
+    Mutant(
+        "class weights: every label counts 1 where blocks count for themselves",
+        DEVICE,
+        "class_weights.data != nullptr ? counts.inlier_weight : ",
+        "",
     ),
     # Label smoothing
     Mutant(

@@ -24,15 +24,20 @@ class Case:
     smoothing: float = 0.0  # of the labels
     upstream: float | None = None  # None: a random one for each row
     direct: bool = False  # the forward operator is asked for the gradient, also in float16
+    forward: bool = False  # alone, without a gradient
     retain: bool = False  # the graph: the backward computes the gradient again
     counts: tuple[float, float] | None = None  # what a mean divides by, where that is given
     parts: int = 1  # the classes are cut into so many parts, each with a call of its own
+    label_dtype: torch.dtype = torch.int64
+    apart: bool = False  # the labels begin between two 16-byte boundaries
     offset: float = 0.0
+    huge: float = 1.0  # the logits are that much larger
     poison: bool = False  # NaN in ignored rows, -inf at a class that is nobody's label
     broken: bool = False  # NaN in inliers of the first class, which has a weight of 0 if weighted
     limits: dict[str, int] = field(default_factory=dict)
     reads_twice: bool = False  # a row does not fit the stage
-    wide: bool = False  # all logits but those at the labels move 16 bytes at a time
+    # All logits move 16 bytes at a time, but those at both ends of a row that is no multiple of it.
+    wide: bool = False
     counted: bool = True
 
     def __str__(self) -> str:
@@ -40,11 +45,13 @@ class Case:
         parts += [self.layout, self.reduction, self.mix, f"alpha-{self.alpha}"]
         if self.upstream != 1.0:
             parts.append(f"upstream-{self.upstream}")
-        flags = ("weighted", "direct", "retain", "poison", "broken")
+        flags = ("weighted", "direct", "forward", "retain", "poison", "broken", "apart")
         parts += [name for name in flags if getattr(self, name)]
         parts += [f"smoothing-{self.smoothing}"] if self.smoothing else []
         parts += [f"counts-{self.counts}"] if self.counts else []
         parts += [f"parts-{self.parts}"] if self.parts > 1 else []
+        parts += [f"huge-{self.huge}"] if self.huge != 1 else []
+        parts += [str(self.label_dtype)] if self.label_dtype != torch.int64 else []
         parts += [f"{name}-{value}" for name, value in self.limits.items()]
         return "-".join(parts)
 
@@ -59,6 +66,11 @@ def padded(x: Tensor) -> Tensor:
 def padded_transposed(x: Tensor) -> Tensor:
     """Aligned classes of a number of rows that fills no vector."""
     return padded(x.t()).t()
+
+
+def shifted(x: Tensor) -> Tensor:
+    """Contiguous, but from an address between two 16-byte boundaries."""
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
 
 
 FAR = 2**31 + 16
@@ -86,23 +98,24 @@ MAKE_LAYOUT = {
     **LAYOUTS,
     "padded": padded,
     "padded_transposed": padded_transposed,
+    "shifted": shifted,
     "far_rows": far(0),
     "far_classes": far(1),
 }
 
 WALKS = [
     # rows: a warp, several rows a warp, a row with classes that fill no vector, the block
-    {"shape": (9, 64), "wide": True},
-    {"shape": (21, 16), "wide": True},
+    {"shape": (5, 1000), "wide": True},
+    {"shape": (21, 64), "wide": True},
     {"shape": (37, 10)},
     {"shape": (70, 2)},
     {"shape": (7, 150), "layout": "sliced"},
     {"shape": (6, 90), "layout": "strided", "counted": False},
     {"shape": (1, 7), "counted": False},
     {"shape": (1, 15), "counted": False},
-    {"shape": (1, 67), "counted": False},
+    {"shape": (6, 75), "wide": True},
     {"shape": (3, 1040), "wide": True},
-    {"shape": (2, 1061)},
+    {"shape": (2, 1031), "wide": True},
     {"shape": (1, 1093), "counted": False},
     {"shape": (2, 5, 4, 6), "layout": "channels_last"},
     # pixels: 16 bytes at a time, one at a time, a matrix that is transposed
@@ -119,10 +132,16 @@ WALKS = [
 OPTIONS = [{"weighted": True}, {"smoothing": 0.1}]
 
 
+def without_stage(walk: dict[str, Any]) -> dict[str, Any]:
+    """The stage holds a part of a row, which is read twice. Pixels give up their width."""
+    wide = len(walk["shape"]) == 2
+    return {**walk, "wide": wide, "limits": {"max_stage_bytes": 0}, "reads_twice": True}
+
+
 def cases_with_options() -> list[Case]:
     """In every kernel, with and without wide loads; the counts of the weights, too."""
     wide_rows, wide_pixels = (
-        {"shape": (70, 16), "wide": True},
+        {"shape": (70, 64), "wide": True},
         {"shape": (2, 7, 8, 16), "wide": True},
     )
     narrow_rows, narrow_pixels = {"shape": (37, 10), "layout": "sliced"}, {"shape": (2, 5, 3, 7)}
@@ -138,11 +157,7 @@ def cases_with_options() -> list[Case]:
             cases.append(Case(**walk, **options, upstream=0.3, dtype=torch.float64))
             cases.append(Case(**walk, **options, upstream=1.0, alpha="rows", reduction="sum"))
             cases.append(Case(**walk, **options, upstream=1.0, counts=(7.5, 4)))
-            cases.append(
-                Case(
-                    **walk, **options, upstream=1.0, limits={"max_stage_bytes": 0}, reads_twice=True
-                )
-            )
+            cases.append(Case(**without_stage(walk), **options, upstream=1.0))
         cases += [
             Case(**walk, smoothing=1.0, upstream=0.3),
             Case(**walk, weighted=True, smoothing=0.1, upstream=0.3),
@@ -154,11 +169,40 @@ def cases_with_options() -> list[Case]:
         # more rows than one block counts; counts of 0; classes in parts
         Case((5000, 3), weighted=True, upstream=1.0, reduction="group_mean"),
         Case((300, 1), weighted=True, upstream=1.0, reduction="group_mean"),
+        # a mean without a gradient
+        *(
+            Case((rows, 3), dtype, weighted=True, upstream=1.0, forward=True)
+            for rows in (40, 5000)
+            for dtype in DTYPES
+        ),
         Case((37, 10), upstream=0.3, reduction="group_mean", counts=(0.0, 4.0)),
         Case((2, 5, 3, 7), upstream=1.0, counts=(0.0, 0.0)),
         Case((37, 10), smoothing=0.1, reduction="none", alpha="one", parts=3, counted=False),
         Case((2, 5, 3, 7), smoothing=0.1, reduction="none", alpha="one", parts=3, counted=False),
     ]
+    return cases
+
+
+def cases_of_every_dtype() -> list[Case]:
+    """Ways that differ by the width of loads alone."""
+    cases = []
+    no_stage, one_block = {"max_stage_bytes": 0}, {"max_blocks": 1}
+    for dtype in DTYPES:
+        unit = {"dtype": dtype, "upstream": 1.0, "direct": dtype == torch.float16}
+        cases += [
+            Case((2500, 2), **unit),
+            Case((150, 64), limits=one_block, wide=True, **unit),
+            Case((300, 3), limits=one_block, **unit),
+            Case((2, 1000), layout="strided", counted=False, **unit),
+            Case((2, 1000), dtype, "strided", reduction="none", counted=False),
+            Case((2, 700), layout="strided", limits=no_stage, reads_twice=True, **unit),
+            Case((1, 40, 4, 8), limits=no_stage, reads_twice=True, **unit),
+            Case((20, 300), limits=no_stage, reads_twice=True, wide=True, **unit),
+        ]
+        for shape in [(1, 5, 8, 16), (2, 5, 3, 7)]:
+            cases.append(Case(shape, poison=True, alpha="zero", **unit))
+            cases.append(Case(shape, mix="ignored", **unit))
+            cases.append(Case(shape, dtype, mix="ignored", reduction="none"))
     return cases
 
 
@@ -173,23 +217,23 @@ def make_cases() -> list[Case]:
     # in the forward alone.
     gaps = [((5, 67), "padded"), ((45, 6), "padded_transposed")]
     gaps += [((7, 150), "sliced"), ((6, 90), "strided")]
+    gaps += [((5, 128), "shifted"), ((1, 5, 4, 8), "shifted")]
     cases += [
-        Case(shape, dtype, layout, reduction="none", counted=False)
+        Case(shape, dtype, layout, reduction=reduction, upstream=upstream, counted=False)
         for dtype in DTYPES
         for shape, layout in gaps
+        for reduction, upstream in (("none", None), ("mean", 1.0))
     ]
     # Autograd does not ask for this one.
     half = {"dtype": torch.float16, "upstream": 1.0, "direct": True}
     cases += [Case(**half, **walk) for walk in WALKS]
-    rows, pixels = {"shape": (300, 16), "wide": True}, {"shape": (3, 6, 16, 20), "wide": True}
+    rows, pixels = {"shape": (150, 64), "wide": True}, {"shape": (3, 6, 16, 20), "wide": True}
     for walk in (rows, pixels):
         few_blocks = {"max_blocks": 1}
         # strides of the grid
         cases.append(Case(**walk, upstream=1.0, limits=few_blocks))
         cases.append(Case(**walk, upstream=0.3, limits=few_blocks, reduction="group_mean"))
         cases.append(Case(**walk, reduction="none", limits=few_blocks))
-        # nothing fits the stage: read twice
-        cases.append(Case(**walk, upstream=1.0, limits={"max_stage_bytes": 0}, reads_twice=True))
         # the backward's ways
         cases.append(Case(**walk, upstream=0.3, reduction="mean"))
         cases.append(Case(**walk, upstream=0.3, retain=True))
@@ -217,19 +261,45 @@ def make_cases() -> list[Case]:
         for shape in [(37, 10), (9, 64), (5, 1100), (2, 5, 3, 7), (1, 48, 4, 8)]
     ]
     cases += [
-        # more rows than one block counts
+        # more rows than one block counts, or than each counts for itself
         Case((5000, 2), upstream=1.0, reduction="group_mean"),
         Case((1, 2, 70, 80), upstream=1.0, wide=True),
-        Case((9000, 1), upstream=1.0, reduction="group_mean", limits={"max_blocks": 2}),
-        # the stage shrinks the block, then gives up the width, then itself
-        Case((1, 60, 4, 40), upstream=1.0, wide=True),
+        Case((2049, 1), upstream=1.0, reduction="group_mean", limits={"max_blocks": 2}),
+        Case((2048, 1), upstream=1.0, reduction="group_mean", limits={"max_blocks": 2}),
+        # the stage costs pixels their width, then shrinks the block, then holds a part of a row
+        Case((1, 55, 4, 40), upstream=1.0, wide=True),
+        Case((1, 56, 4, 40), upstream=1.0),
         Case((1, 150, 8, 10), upstream=1.0),
-        Case((1, 400, 4, 8), upstream=1.0, wide=True, reads_twice=True),
+        Case((1, 600, 4, 8), upstream=1.0),
+        Case((1, 1900, 4, 4), upstream=1.0, reads_twice=True),
         # a block walks rows, and strides; a long row
         Case((5, 1100), upstream=1.0, wide=True, limits={"max_blocks": 2}),
-        Case((2, 17000), upstream=1.0, wide=True, reads_twice=True),
+        Case((2, 17001), upstream=1.0, wide=True),
+        Case((1, 50000), torch.bfloat16, upstream=1.0, wide=True),
+        Case((1, 60000), torch.bfloat16, upstream=1.0, wide=True, reads_twice=True),
         Case((1, 17000), torch.float64, upstream=0.3, counted=False),
         Case((1, 1), upstream=1.0, counted=False),
+        # the stage has room for exactly a row, and for a byte less
+        Case((3, 1100), upstream=1.0, wide=True, limits={"max_stage_bytes": 8192}),
+        Case(
+            (3, 1100), upstream=1.0, wide=True, limits={"max_stage_bytes": 8191}, reads_twice=True
+        ),
+        # parts of rows, without a gradient
+        *(
+            Case(shape, dtype, reduction="none", wide=True)
+            for dtype in DTYPES
+            for shape in [(1, 40, 4, 8), (2, 9001)]
+        ),
+        # logits whose sum would overflow; lanes without a logit, far below the others' maximum
+        *(Case(shape, huge=1e35, upstream=1.0) for shape in [(4, 1100), (1, 1100, 4, 4)]),
+        Case((3, 75), torch.bfloat16, huge=1e35, mix="outliers", upstream=1.0),
+        # labels of every width, at any address
+        *(
+            Case((rows, 2), label_dtype=dtype, apart=apart, upstream=1.0, reduction="group_mean")
+            for rows in (45, 2500)
+            for dtype in (torch.int8, torch.int16, torch.int32)
+            for apart in (False, True)
+        ),
         # offsets beyond 32 bits: rows, images, classes
         Case((2, 16), torch.bfloat16, "far_rows", mix="inliers", upstream=1.0, counted=False),
         Case((2, 16, 8), torch.bfloat16, "far_rows", mix="inliers", upstream=1.0, counted=False),
@@ -237,7 +307,7 @@ def make_cases() -> list[Case]:
         Case((0, 5), upstream=1.0, counted=False),
         Case((3, 5, 0), reduction="none", counted=False),
     ]
-    return cases + cases_with_options()
+    return cases + cases_of_every_dtype() + cases_with_options()
 
 
 def make_alpha(case: Case, target: Tensor) -> Any:
@@ -260,8 +330,8 @@ def make_weight(case: Case) -> Tensor | None:
 
 def make_inputs(case: Case) -> tuple[Tensor, Tensor, Any]:
     torch.default_generator.manual_seed(1)
-    logits = make_logits(case.shape, case.dtype, offset=case.offset)
-    target = make_target(case.shape, case.mix)
+    logits = make_logits(case.shape, case.dtype, offset=case.offset) * case.huge
+    target = make_target(case.shape, case.mix).to(case.label_dtype)
     if case.poison:
         ignored = (target == IGNORE) | (target < 0 if case.alpha == "zero" else False)
         logits = logits.masked_fill(ignored.unsqueeze(1), float("nan"))
@@ -269,6 +339,8 @@ def make_inputs(case: Case) -> tuple[Tensor, Tensor, Any]:
         logits[:, 0] = logits[:, 0].masked_fill(unused, float("-inf"))
     if case.broken:
         logits = logits.masked_fill((target == 0).unsqueeze(1), float("nan"))
+    if case.apart:
+        target = torch.cat([target[:1], target])[1:]
     return MAKE_LAYOUT[case.layout](logits), target, make_alpha(case, target)
 
 
