@@ -179,10 +179,10 @@ bench-cuda: $(BUILT)  ## on a GPU: our loss against its rivals; writes bench/res
 ptx: $(INSTALLED)  ## the CUDA kernels in PTX; needs nvcc
 	$(PY) bench/cuda/report.py ptx
 
-sass-report: $(INSTALLED) $(CUDA_TOOLS)  ## rewrites the machine-code table of bench/CUDA.md; needs nvcc
+sass-report: $(INSTALLED) $(CUDA_TOOLS)  ## rewrites the machine-code tables of bench/CUDA.md; needs nvcc
 	$(PY) bench/cuda/report.py machine-code
 
-cuda-model: $(BUILT)  ## rewrites the traffic tables of bench/CUDA.md
+cuda-model: $(BUILT) $(CUDA_TOOLS)  ## rewrites the predictions of bench/CUDA.md; needs nvcc
 	$(PY) bench/cuda/report.py model
 
 bench: $(BUILT)  ## our loss against its rivals; rewrites bench/RESULTS.md

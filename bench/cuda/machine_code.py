@@ -1,19 +1,23 @@
-"""The machine code of the CUDA kernels: registers, spills, occupancy, wide loads, instructions.
+"""The machine code of the CUDA kernels: registers, spills, occupancy, wide loads, instructions an
+element.
 
 Needs nvcc, and cuobjdump with nvdisasm (the PyPI packages of the extra "cuda-tools"); no GPU.
 """
 
 from __future__ import annotations
 
-import collections
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+
+import sass
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCE = ROOT / "bench" / "cuda" / "kernels.cu"
@@ -32,6 +36,16 @@ MULTIPROCESSORS = {
 
 
 @dataclass(frozen=True)
+class LoopCode:
+    """A loop over logits, and what one pass through it does."""
+
+    instructions: int
+    elements: int
+    loaded_bytes: int  # from global memory: what a thread has on its way at once
+    is_wide: bool  # all its accesses of global memory are of 128 bits
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One kernel of one architecture."""
 
@@ -47,9 +61,39 @@ class Kernel:
     occupancy: float  # of a multiprocessor's threads, in the largest blocks, without a stage
     wide_loads: int  # 128-bit loads from global memory
     wide_stores: int
-    loop_wide_loads: int  # those of the hot loop: the tightest loop with any
     instructions: int
-    loop_instructions_per_element: float | None  # of the hot loop, per element loaded
+    loops: dict[str, list[LoopCode]]  # by kind; one of each, or it is a fault
+    once_a_row: int  # the fewest instructions of a thread for its row, or rows, beside the loops
+
+    def __str__(self) -> str:
+        return f"{self.name}<{self.dtype}, {self.width}> on sm_{self.architecture}"
+
+    @property
+    def is_forward(self) -> bool:
+        return self.name.startswith("forward")
+
+    @property
+    def rows_a_thread(self) -> int:
+        return self.width if "pixels" in self.name else 1
+
+    @property
+    def loop_kinds(self) -> list[str]:
+        """The loops that it needs. Of pixels, wide kernels keep all logits."""
+        if self.width == 0:
+            return []
+        if not self.is_forward:
+            return ["recompute"]
+        again = self.name == "forward_rows" or self.width == 1
+        return ["load", "sum", "write", *(["recompute"] if again else [])]
+
+    def per_element(self, *kinds: str) -> float:
+        """Instructions an element of these loops; NaN if one is missing. By default of those that
+        run for the statistics and the gradient of a row that fits the stage."""
+        chosen = kinds or (("load", "sum", "write") if self.is_forward else ("recompute",))
+        loops = [loop for kind in chosen for loop in self.loops[kind][:1]]
+        if len(loops) < len(chosen):
+            return math.nan
+        return sum(loop.instructions / loop.elements for loop in loops)
 
 
 def find_nvcc() -> str | None:
@@ -106,28 +150,6 @@ def _identify(demangled: str) -> tuple[str, str, int]:
     return match[1], dtype, int(parts[2]) if len(parts) > 2 else 0
 
 
-def _loops(lines: list[tuple[int, str]]) -> list[tuple[int, int]]:
-    """Address ranges from the target of a backward branch to the branch."""
-    loops = []
-    for address, text in lines:
-        match = re.search(r"\bBRA(?:\.\w+)*\s+(?:!?\w+,\s*)?`?\(?0x([0-9a-f]+)", text)
-        if match and int(match[1], 16) < address:
-            loops.append((int(match[1], 16), address))
-    return loops
-
-
-def _read_code(sass: str) -> dict[str, list[tuple[int, str]]]:
-    """The instructions of each function, with their addresses."""
-    functions = {}
-    for part in re.split(r"Function : ", sass)[1:]:
-        name, _, body = part.partition("\n")
-        functions[name.strip()] = [
-            (int(match[1], 16), match[2])
-            for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?;)", body)
-        ]
-    return functions
-
-
 def _read_launch_bounds(elf: str) -> dict[str, int]:
     """The largest block of each function that has launch bounds."""
     bounds = {}
@@ -139,32 +161,53 @@ def _read_launch_bounds(elf: str) -> dict[str, int]:
     return bounds
 
 
+def _loop_code(loop: sass.Loop, dtype: str) -> LoopCode:
+    stored = {"double": 8, "float": 4}.get(dtype, 2)
+    staged = max(stored, 4)
+    moved = loop.bytes(sass.COUNTED[loop.kind])
+    global_accesses = [access for name in ("LDG", "STG") for access in loop.accesses(name)]
+    return LoopCode(
+        instructions=len(loop.body),
+        elements=moved // (staged if loop.kind == "sum" else stored),
+        loaded_bytes=loop.bytes("LDG"),
+        is_wide=all(size == 16 for size in global_accesses),
+    )
+
+
+def _read_loops(kernel: Kernel, lines: sass.Lines) -> Kernel:
+    """Adds the loops, and what lies between them."""
+    found = sass.loops_over_logits(lines)
+    chosen = [kind for kind in kernel.loop_kinds if kind != "recompute" or not kernel.is_forward]
+    complete = chosen and all(len(found[kind]) == 1 for kind in chosen)
+    return replace(
+        kernel,
+        loops={
+            kind: [_loop_code(loop, kernel.dtype) for loop in loops]
+            for kind, loops in found.items()
+        },
+        once_a_row=(
+            sass.shortest_round(lines, [found[kind][0] for kind in chosen]) if complete else 0
+        ),
+    )
+
+
+_PTXAS_REPORT = re.compile(
+    r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
+    re.DOTALL,
+)
+
+
+@cache
 def inspect(architecture: str, *flags: str) -> list[Kernel]:
     """Compiles every kernel for one architecture and reads its machine code."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     cubin = FOLDER / f"kernels.sm_{architecture}{''.join(flags)}.cubin"
     target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     log = _nvcc([target, *flags, "-Xptxas=-v", "-cubin", "-o", cubin]).stderr
-    cuobjdump = find_cuobjdump()
-    if cuobjdump is None:
-        raise RuntimeError("cuobjdump was not found: pip install 'oe_ext[cuda-tools]'")
-    environment = {**os.environ, "PATH": f"{cuobjdump.parent}{os.pathsep}{os.environ['PATH']}"}
-
-    def dump(what: str) -> str:
-        command = [cuobjdump, what, cubin]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, env=environment
-        ).stdout
-
-    code = _read_code(dump("-sass"))
-    bounds = _read_launch_bounds(dump("-elf"))
-
-    pattern = re.compile(
-        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
-        re.DOTALL,
-    )
-    found = pattern.findall(log)
+    code = sass.read_code(_dump(cubin, "-sass"))
+    bounds = _read_launch_bounds(_dump(cubin, "-elf"))
+    found = _PTXAS_REPORT.findall(log)
     kernels = []
     for (mangled, stack, stores, loads, registers, rest), demangled in zip(
         found, _demangle([entry[0] for entry in found]), strict=True
@@ -174,126 +217,59 @@ def inspect(architecture: str, *flags: str) -> list[Kernel]:
         shared_bytes = int(shared[1]) if shared else 0
         max_threads = bounds.get(mangled, 0)
         lines = code[mangled]
-        loop_wide_loads, loop_instructions = _hot_loop(lines)
-        kernels.append(
-            Kernel(
-                architecture=architecture,
-                name=name,
-                dtype=dtype,
-                width=width,
-                max_threads=max_threads,
-                registers=int(registers),
-                stack=int(stack),
-                spills=int(stores) + int(loads),
-                shared=shared_bytes,
-                occupancy=occupancy(architecture, max_threads, int(registers), shared_bytes),
-                wide_loads=sum(_is_wide_load(text) for _, text in lines),
-                wide_stores=sum("STG.E.128" in text for _, text in lines),
-                loop_wide_loads=loop_wide_loads,
-                instructions=len(lines),
-                loop_instructions_per_element=(
-                    loop_instructions / (loop_wide_loads * width) if loop_wide_loads else None
-                ),
-            )
+        kernel = Kernel(
+            architecture=architecture,
+            name=name,
+            dtype=dtype,
+            width=width,
+            max_threads=max_threads,
+            registers=int(registers),
+            stack=int(stack),
+            spills=int(stores) + int(loads),
+            shared=shared_bytes,
+            occupancy=occupancy(architecture, max_threads, int(registers), shared_bytes),
+            wide_loads=sum(sass.accessed_bytes(text, "LDG") == 16 for _, text in lines),
+            wide_stores=sum(sass.accessed_bytes(text, "STG") == 16 for _, text in lines),
+            instructions=len(lines),
+            loops={},
+            once_a_row=0,
         )
+        kernels.append(_read_loops(kernel, lines) if width else kernel)
     return sorted(kernels, key=lambda kernel: (kernel.name, kernel.dtype, kernel.width))
 
 
-def _is_wide_load(text: str) -> bool:
-    return re.search(r"\bLDG\.E(?:\.\w+)*\.128\b", text) is not None
+def _dump(cubin: Path, what: str) -> str:
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        raise RuntimeError("cuobjdump was not found: pip install 'oe_ext[cuda-tools]'")
+    environment = {**os.environ, "PATH": f"{cuobjdump.parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [cuobjdump, what, cubin]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    ).stdout
 
 
-def _hot_loop(lines: list[tuple[int, str]]) -> tuple[int, int]:
-    """Wide loads and instructions of the tightest loop that loads widely; zeros without one."""
-    loops = []
-    for begin, end in _loops(lines):
-        body = [text for address, text in lines if begin <= address <= end]
-        loads = sum(map(_is_wide_load, body))
-        if loads > 0:
-            loops.append((len(body), loads))
-    instructions, loads = min(loops, default=(0, 0))
-    return loads, instructions
-
-
-def occupancy(architecture: str, threads: int, registers: int, shared: int) -> float:
-    """The share of a multiprocessor's threads that blocks of this size fill; 0 if not even one
-    fits, or if the size is unknown."""
+def blocks_that_fit(architecture: str, threads: int, registers: int, shared: int) -> int:
+    """Blocks of this size, with this much shared memory each, that a multiprocessor holds."""
     all_registers, all_shared, max_threads, max_blocks = MULTIPROCESSORS[architecture]
-    if threads == 0:
-        return 0.0
     by_warp = -(-registers // 8) * 8 * 32  # allocated per warp, 8 per thread at a time
-    blocks = min(
+    return min(
         max_blocks,
         max_threads // threads,
         all_registers // (by_warp * threads // 32),
         all_shared // (shared + 1024),  # the system takes 1 KiB of each block
     )
-    return blocks * threads / max_threads
+
+
+def occupancy(architecture: str, threads: int, registers: int, shared: int) -> float:
+    """The share of a multiprocessor's threads that blocks of this size fill; 0 if not even one
+    fits, or if the size is unknown."""
+    if threads == 0:
+        return 0.0
+    blocks = blocks_that_fit(architecture, threads, registers, shared)
+    return blocks * threads / MULTIPROCESSORS[architecture][2]
 
 
 def inspect_all(architectures=ARCHITECTURES) -> list[Kernel]:
     with ThreadPoolExecutor(2) as pool:
         return [kernel for kernels in pool.map(inspect, architectures) for kernel in kernels]
-
-
-def faults(kernels: list[Kernel]) -> list[str]:
-    """Faults that no kernel may have: missing launch bounds, or a largest block that does not fit;
-    spills or a stack; in a vector kernel, a hot loop without wide loads."""
-    found = []
-    for kernel in kernels:
-        name = f"{kernel.name}<{kernel.dtype}, {kernel.width}> on sm_{kernel.architecture}"
-        if kernel.max_threads == 0:
-            found.append(f"{name}: no launch bounds")
-        elif kernel.occupancy == 0:
-            found.append(
-                f"{name}: cannot be launched with {kernel.max_threads} threads of "
-                f"{kernel.registers} registers"
-            )
-        if kernel.spills or kernel.stack:
-            found.append(f"{name}: {kernel.spills} bytes spilled, {kernel.stack} of stack")
-        if kernel.width > 1 and not (kernel.loop_wide_loads and kernel.wide_stores):
-            found.append(f"{name}: no 128-bit loads in its hot loop, or no such stores")
-    return found
-
-
-def table(kernels: list[Kernel]) -> str:
-    """One row per kernel, dtype and width; one value per architecture."""
-    groups = collections.defaultdict(dict)
-    for kernel in kernels:
-        groups[(kernel.name, kernel.dtype, kernel.width)][kernel.architecture] = kernel
-
-    def values(by_architecture, get) -> str:
-        texts = [str(get(by_architecture[a])) for a in ARCHITECTURES if a in by_architecture]
-        return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
-
-    lines = [
-        "| kernel | dtype | width | largest block | registers | occupancy, % | spills | stack "
-        "| static shared | 128-bit loads (in a loop) | 128-bit stores | instructions "
-        "| per element |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (name, dtype, width), row in groups.items():
-        cells = [
-            f"`{name}`",
-            dtype,
-            str(width or ""),
-            values(row, lambda k: k.max_threads),
-            values(row, lambda k: k.registers),
-            values(row, lambda k: round(100 * k.occupancy)),
-            values(row, lambda k: k.spills),
-            values(row, lambda k: k.stack),
-            values(row, lambda k: k.shared),
-            values(row, lambda k: f"{k.wide_loads} ({k.loop_wide_loads})"),
-            values(row, lambda k: k.wide_stores),
-            values(row, lambda k: k.instructions),
-            values(
-                row,
-                lambda k: (
-                    ""
-                    if k.loop_instructions_per_element is None
-                    else round(k.loop_instructions_per_element, 1)
-                ),
-            ),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"

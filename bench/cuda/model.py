@@ -1,179 +1,219 @@
-"""Predicts the cost of a call on a GPU from launches and bytes, counted by the SIMT harness.
+"""Predicts the time of a call on a GPU, from its launches and from the machine code.
 
-The harness runs the real launchers and kernels on the CPU and sees every access. Each workload runs
-with two small numbers of rows. From these follow the costs per row and per call, and thus the cost
-of the full size.
+    time = launches * LAUNCH_SECONDS + the sum over the kernels of max(bytes, instructions)
+    bytes = bytes / (EFFICIENCY * bandwidth * min(1, bytes in flight / bytes needed))
+    instructions = thread instructions / (ISSUE_EFFICIENCY * issue rate)
 
-    time = launches * LAUNCH_SECONDS + bytes / (EFFICIENCY * bandwidth)
-
-These are predictions, not measurements. A buffer that a kernel reads more than once counts once:
-the second read comes from a cache (all lanes of a row read its label, for example).
+bench/CUDA.md explains it. These are predictions, not measurements.
 """
 
 from __future__ import annotations
 
-import sys
+import math
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
-
-import simt_device
 import torch
-from inputs import make_logits, make_target
+from launches import Launch, Workload, launches
+from machine_code import Kernel, blocks_that_fit, inspect
 
-from oe_ext import outlier_exposure_loss
+STEPS = {"forward": None, "forward + backward": 1.0, "the same, upstream not 1": 0.5}
 
-# Bytes a second, from NVIDIA's data sheets: A100 80 GB SXM, H100 SXM, B200.
-BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "B200": 8.0e12}
-# Assumptions: the efficiency of a well-coalesced kernel, and the cost of back-to-back launches.
+# Assumptions: of the bandwidth and of the issue rate, what a good kernel reaches; the cost of
+# back-to-back launches; how long a load takes on a busy GPU.
 EFFICIENCY = 0.85
+ISSUE_EFFICIENCY = 0.6
 LAUNCH_SECONDS = 2e-6
+LATENCY_SECONDS = 1.1e-6
+
+WARP_SCHEDULERS = 4  # of a multiprocessor; each issues for 32 threads at once
+STATIC_SHARED_BYTES = 4 * 1024  # of a block, that the stage leaves free
+LARGEST_BLOCK_SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
 
 
 @dataclass(frozen=True)
-class Workload:
-    name: str
-    num_classes: int
-    rows: int  # positions in all: N, or N * H * W
-    dtype: torch.dtype
-    pixels: tuple[int, int] | None = None  # of the small maps to run; None: [N, C]
+class Gpu:
+    architecture: str
+    bandwidth: float  # bytes a second
+    multiprocessors: int
+    clock: float  # Hz, under load
 
-    def small_shape(self, scale: int) -> tuple[int, ...]:
-        if self.pixels is None:
-            return (4 * scale, self.num_classes)
-        height, width = self.pixels
-        return (1, self.num_classes, height * scale, width)
+    @property
+    def issue_rate(self) -> float:
+        """Thread instructions a second."""
+        return self.multiprocessors * WARP_SCHEDULERS * 32 * self.clock
+
+    @property
+    def needed_in_flight(self) -> float:
+        """Bytes on their way to a multiprocessor that keep the memory busy: Little's law."""
+        return self.bandwidth / self.multiprocessors * LATENCY_SECONDS
+
+    @property
+    def max_stage_bytes(self) -> int:
+        return LARGEST_BLOCK_SHARED[self.architecture] - STATIC_SHARED_BYTES
+
+
+# Bandwidths, multiprocessors and the A100's clock by NVIDIA's data sheets. The clocks of the others
+# are assumptions, below what they boost to.
+GPUS = {
+    "A100": Gpu("80", 2.039e12, 108, 1.41e9),
+    "H100": Gpu("90", 3.35e12, 132, 1.755e9),
+    "H200": Gpu("90", 4.8e12, 132, 1.755e9),
+    "B200": Gpu("100", 8.0e12, 148, 1.85e9),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    seconds: float
+    binds: str  # "memory", "latency", "issue" or "launches"
+
+
+@cache
+def _kernels(architecture: str) -> dict[tuple[str, str, bool], Kernel]:
+    return {(k.name, k.dtype, k.width > 1): k for k in inspect(architecture)}
+
+
+def find_kernel(launch: Launch, dtype: torch.dtype, gpu: Gpu) -> Kernel:
+    names = {torch.float64: "double", torch.float32: "float", torch.float16: "half"}
+    key = (launch.kernel, names.get(dtype, "bfloat16"), launch.is_wide)
+    return _kernels(gpu.architecture)[key]
+
+
+def resident_blocks(launch: Launch, kernel: Kernel, gpu: Gpu) -> float:
+    """The blocks that a multiprocessor has at once; a fraction, if there are few."""
+    shared = kernel.shared + launch.shared_bytes
+    fit = blocks_that_fit(gpu.architecture, launch.threads, kernel.registers, shared)
+    return min(fit, launch.blocks / gpu.multiprocessors)
+
+
+def in_flight(launch: Launch, kernel: Kernel, workload: Workload, gpu: Gpu) -> float:
+    """Bytes on their way to a multiprocessor, if all of its threads load at once."""
+    loop = kernel.loops["load" if kernel.is_forward else "recompute"][0]
+    elements = math.ceil(workload.num_classes / launch.lanes) * kernel.rows_a_thread
+    of_thread = min(loop.loaded_bytes, elements * workload.dtype.itemsize)
+    return resident_blocks(launch, kernel, gpu) * launch.threads * of_thread
+
+
+def instructions(launch: Launch, kernel: Kernel, workload: Workload) -> float:
+    """Of all threads."""
+    kinds = ["recompute"]
+    if kernel.is_forward:
+        reads_again = launch.reads > 1.5
+        last = [] if launch.writes == 0 else ["recompute"] if reads_again else ["write"]
+        kinds = ["load", "sum", *last]
+    by_element = kernel.per_element(*kinds) * workload.num_classes
+    by_row = kernel.once_a_row * launch.lanes / kernel.rows_a_thread
+    return workload.rows * (by_element + by_row)
+
+
+def predict_launch(launch: Launch, workload: Workload, gpu: Gpu) -> Prediction:
+    """Without the cost of the launch."""
+    by_bytes = launch.bytes / (EFFICIENCY * gpu.bandwidth)
+    if launch.reads == 0:  # a kernel without logits, or a backward with nothing to do
+        return Prediction(by_bytes, "memory")
+    kernel = find_kernel(launch, workload.dtype, gpu)
+    share = in_flight(launch, kernel, workload, gpu) / gpu.needed_in_flight
+    by_bytes /= min(1, share)
+    by_issue = instructions(launch, kernel, workload) / (ISSUE_EFFICIENCY * gpu.issue_rate)
+    if by_issue > by_bytes:
+        return Prediction(by_issue, "issue")
+    return Prediction(by_bytes, "memory" if share >= 1 else "latency")
+
+
+def predict(workload: Workload, gpu: Gpu) -> Prediction:
+    """The time of a call, and what most of it is spent on."""
+    found = launches(workload, gpu.max_stage_bytes)
+    parts = [predict_launch(launch, workload, gpu) for launch in found]
+    launching = len(found) * LAUNCH_SECONDS
+    seconds = launching + sum(part.seconds for part in parts)
+    largest = max(parts, key=lambda part: part.seconds)
+    return Prediction(seconds, "launches" if launching > seconds / 2 else largest.binds)
+
+
+def find_gpu(name: str) -> Gpu:
+    """By the name that its driver gives it."""
+    found = [gpu for key, gpu in GPUS.items() if key in name]
+    if not found:
+        raise LookupError(f"no model of the GPU {name or 'without a name'}")
+    return found[0]
 
 
 WORKLOADS = [
-    Workload("CIFAR-10, (384, 10)", 10, 384, torch.float32),
-    Workload("CIFAR-100, (384, 100)", 100, 384, torch.float32),
-    Workload("ImageNet, (1024, 1000)", 1000, 1024, torch.float32),
-    Workload("ImageNet, (1024, 1000)", 1000, 1024, torch.bfloat16),
-    Workload("Cityscapes, (2, 19, 1024, 2048)", 19, 2 * 1024 * 2048, torch.float32, (8, 32)),
-    Workload("Cityscapes, (2, 19, 1024, 2048)", 19, 2 * 1024 * 2048, torch.bfloat16, (8, 32)),
-    Workload("ADE20K, (8, 150, 512, 512)", 150, 8 * 512 * 512, torch.float32, (8, 32)),
-    Workload("language model, (8192, 32000)", 32000, 8192, torch.bfloat16),
-    Workload("language model, (8192, 32000)", 32000, 8192, torch.float32),
+    ("CIFAR-10", (384, 10), torch.float32),
+    ("CIFAR-100", (384, 100), torch.float32),
+    ("ImageNet", (1024, 1000), torch.float32),
+    ("ImageNet", (1024, 1000), torch.bfloat16),
+    ("two classes", (8, 2, 512, 512), torch.float32),
+    ("Cityscapes", (2, 19, 1024, 2048), torch.float32),
+    ("Cityscapes", (2, 19, 1024, 2048), torch.bfloat16),
+    ("ADE20K", (8, 150, 512, 512), torch.float32),
+    ("ADE20K", (8, 150, 512, 512), torch.bfloat16),
+    ("language model", (8192, 32000), torch.float32),
+    ("language model", (8192, 32000), torch.bfloat16),
+    ("language model", (8192, 50000), torch.bfloat16),
 ]
-STEPS = {"forward": None, "forward + backward": 1.0, "the same, upstream not 1": 0.5}
 
 
-@dataclass
-class Counts:
-    launches: int
-    bytes: float  # moved between the GPU and its memory
-    logit_passes: float  # reads and writes of the logits' size, cached ones too
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
-def count(workload: Workload, scale: int, upstream: float | None) -> Counts:
-    """One call on a small version of a workload."""
-    shape = workload.small_shape(scale)
-    logits, target = make_logits(shape, workload.dtype), make_target(shape)
-    per_row = 4 * target.numel()
-    sizes = {
-        "logits": logits.nbytes, "grad_logits": logits.nbytes, "target": target.nbytes,
-        "row_max": per_row, "row_sum_exp": per_row, "grad": 4, "loss": 4, "counts": 16,
-    }  # fmt: skip
-    with simt_device.active(), simt_device.counting() as launches:
-        if upstream is None:
-            outlier_exposure_loss(logits, target)
-        else:
-            loss = outlier_exposure_loss(logits.requires_grad_(), target)
-            torch.autograd.grad(loss, logits, torch.full_like(loss, upstream))
-    moved = [
-        (name, traffic)
-        for launch in launches
-        for kind in ("reads", "writes")
-        for name, traffic in launch[kind].items()
-    ]
-    return Counts(
-        launches=len(launches),
-        bytes=sum(min(32 * t["sectors"], sizes.get(name, 32 * t["sectors"])) for name, t in moved),
-        logit_passes=sum(t["bytes"] for name, t in moved if "logits" in name) / logits.nbytes,
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _label(name: str, workload: Workload) -> list[str]:
+    return [f"{name}, {workload.shape}", str(workload.dtype).removeprefix("torch.")]
+
+
+def _passes(workload: Workload) -> str:
+    """Over the logits and their gradient, and those of the A100, whose stage is smaller."""
+    usual, small = (
+        f"{sum(x.reads + x.writes for x in launches(workload, GPUS[name].max_stage_bytes)):.2f}"
+        for name in ("H100", "A100")
     )
-
-
-def extrapolate(workload: Workload, upstream: float | None) -> Counts:
-    """Extrapolates two small versions to the full size: linear in the rows."""
-    torch.manual_seed(0)
-    small, large = (count(workload, scale, upstream) for scale in (1, 2))
-    rows = [make_target(workload.small_shape(scale)).numel() for scale in (1, 2)]
-    per_row = (large.bytes - small.bytes) / (rows[1] - rows[0])
-    return Counts(
-        large.launches, small.bytes + per_row * (workload.rows - rows[0]), large.logit_passes
-    )
+    return usual if small == usual else f"{usual}; A100 {small}"
 
 
 def table() -> str:
-    gpus = list(BANDWIDTH)
-    lines = [
-        "| workload | dtype | step | launches | passes over the logits | MB "
-        f"| {' | '.join(f'{gpu}, us' for gpu in gpus)} |",
-        "|---|---|---|---|---|---|" + "---|" * len(gpus),
-    ]
-    for workload in WORKLOADS:
+    """The predictions."""
+    lines = []
+    for name, shape, dtype in WORKLOADS:
         for step, upstream in STEPS.items():
-            counts = extrapolate(workload, upstream)
-            times = [
-                counts.launches * LAUNCH_SECONDS + counts.bytes / (EFFICIENCY * bandwidth)
-                for bandwidth in BANDWIDTH.values()
-            ]
-            cells = [
-                workload.name,
-                str(workload.dtype).removeprefix("torch."),
-                step,
-                str(counts.launches),
-                f"{counts.logit_passes:.2f}",
-                f"{counts.bytes / 1e6:.3g}",
-                *(f"{time * 1e6:.3g}" for time in times),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            workload = Workload(shape, dtype, upstream=upstream)
+            found = launches(workload, GPUS["H100"].max_stage_bytes)
+            megabytes = sum(launch.bytes for launch in found) / 1e6
+            costs = [str(len(found)), _passes(workload), _number(megabytes)]
+            predictions = [predict(workload, gpu) for gpu in GPUS.values()]
+            times = [f"{_number(1e6 * p.seconds)} ({p.binds})" for p in predictions]
+            lines.append([*_label(name, workload), step, *costs, *times])
+    header = ["workload", "dtype", "step", "launches", "passes", "MB"]
+    return _table([*header, *(f"{gpu}, us" for gpu in GPUS)], lines)
 
 
-SECTOR_CASES = [
-    ("(32, 1024) contiguous", (32, 1024), torch.contiguous_format),
-    ("(32, 100) contiguous", (32, 100), torch.contiguous_format),
-    ("(33, 10) contiguous", (33, 10), torch.contiguous_format),
-    ("(4, 2048) contiguous", (4, 2048), torch.contiguous_format),
-    ("(1, 19, 16, 32) contiguous", (1, 19, 16, 32), torch.contiguous_format),
-    ("(1, 19, 15, 31) contiguous, odd", (1, 19, 15, 31), torch.contiguous_format),
-    ("(1, 19, 16, 32) channels_last", (1, 19, 16, 32), torch.channels_last),
-]
+def _in_flight_cell(launch: Launch, workload: Workload, gpu: Gpu) -> str:
+    kernel = find_kernel(launch, workload.dtype, gpu)
+    blocks = resident_blocks(launch, kernel, gpu)
+    return f"{blocks:.2g}, {in_flight(launch, kernel, workload, gpu) / 1024:.1f}"
 
 
-def sector_table() -> str:
-    """The number of 32-byte sectors that requests for logits touch, over the minimum."""
-    lines = [
-        "| layout | dtype | requests | sectors a request | over the least | 16 bytes a lane, % |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, shape, memory_format in SECTOR_CASES:
-        for dtype in (torch.float32, torch.bfloat16):
-            logits = make_logits(shape, dtype)
-            if logits.dim() == 4:
-                logits = logits.to(memory_format=memory_format)
-            target = make_target(shape, "ignored")
-            target[:] = -1  # only outliers: no logit at a label is read again
-            logits.requires_grad_()
-            with simt_device.active(), simt_device.counting() as launches:
-                loss = outlier_exposure_loss(logits, target)
-                torch.autograd.grad(loss, logits, torch.ones_like(loss))
-            moved = [
-                traffic
-                for launch in launches
-                for kind in ("reads", "writes")
-                for buffer, traffic in launch[kind].items()
-                if "logits" in buffer
-            ]
-            requests, sectors, least, total, wide = (
-                sum(traffic[key] for traffic in moved)
-                for key in ("requests", "sectors", "least_sectors", "bytes", "wide_bytes")
-            )
-            lines.append(
-                f"| {name} | {str(dtype).removeprefix('torch.')} | {requests} "
-                f"| {sectors / requests:.2f} | {sectors / least:.2f} | {100 * wide / total:.0f} |"
-            )
-    return "\n".join(lines) + "\n"
+def in_flight_table() -> str:
+    """The blocks that a multiprocessor holds at once, and the KB that they have on their way."""
+    lines = []
+    for name, shape, dtype in WORKLOADS:
+        workload = Workload(shape, dtype, upstream=0.5)
+        found = [launches(workload, gpu.max_stage_bytes) for gpu in GPUS.values()]
+        for of_gpus in zip(*found, strict=True):
+            launch = of_gpus[-1]
+            if launch.reads > 0:
+                sizes = [launch.lanes, launch.threads, launch.shared_bytes / 1024]
+                cells = [
+                    _in_flight_cell(own, workload, gpu)
+                    for own, gpu in zip(of_gpus, GPUS.values(), strict=True)
+                ]
+                where = [*_label(name, workload), f"`{launch.kernel}`"]
+                lines.append([*where, *map(_number, sizes), *cells])
+    gpus = [f"{name} (needs {gpu.needed_in_flight / 1024:.0f})" for name, gpu in GPUS.items()]
+    return _table(["workload", "dtype", "kernel", "lanes", "threads", "stage", *gpus], lines)

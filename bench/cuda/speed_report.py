@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from itertools import groupby
 
+import model
+import torch
+from launches import Workload
 from measured import Measured, group_cases
 from report import case_bytes, markdown, number, spread, variant
 from results import CudaRow
@@ -27,6 +31,13 @@ What a call takes, with all that the host does: Python, autograd, launches.
 The work of the GPU alone, for up to 64 MiB of logits.
 
 {graph}
+
+## Predictions
+
+The model of `bench/CUDA.md` beside the measurement, of the graph where there is one. *binds*: what
+the model takes for the bottleneck.
+
+{predictions}
 
 ## Bytes
 
@@ -64,10 +75,43 @@ def gigabytes_per_second(case: Measured, rival: str) -> float | None:
     return moved / row.median_us / 1e3 if row and moved else None
 
 
-def byte_table(cases: list[Measured]) -> str:
-    """One row per case: a graph, which comes later, replaces the call from Python."""
+def without_repeats(cases: list[Measured]) -> list[Measured]:
+    """A graph, which comes later, replaces the call from Python."""
+    return list({tuple(label(case)): case for case in cases}.values())
+
+
+def as_workload(case: Measured) -> Workload | None:
+    """For the model, which knows contiguous logits and int64 labels."""
+    first = case.case
+    if (first.layout, first.target_dtype) != ("contiguous", "int64"):
+        return None
+    upstream = None if first.direction == "inference" else 1.0
+    return Workload(case.shape, getattr(torch, first.dtype), first.reduction, upstream)
+
+
+def prediction_table(facts: dict[str, str], cases: list[Measured]) -> str:
+    """One row per case; or why there is none: the model compiles the kernels and runs them on the
+    CPU, and knows few GPUs."""
     lines = []
-    for case in {tuple(label(case)): case for case in cases}.values():
+    try:
+        gpu = model.find_gpu(facts.get("GPU", ""))
+        for case in without_repeats(cases):
+            ours, workload = case.find("ours"), as_workload(case)
+            if ours is None or workload is None:
+                continue
+            expected = model.predict(workload, gpu)
+            us = 1e6 * expected.seconds
+            figures = [number(ours.median_us), number(us), number(ours.median_us / us)]
+            lines.append([*label(case), case.case.section, *figures, expected.binds])
+    except (LookupError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        return f"There are none: {error}."
+    header = ["logits", "dtype", "", "timed", "ours, us", "predicted, us", "ours / predicted"]
+    return markdown([*header, "binds"], lines)
+
+
+def byte_table(cases: list[Measured]) -> str:
+    lines = []
+    for case in without_repeats(cases):
         names = ("ours", "cross_entropy", "liger", "quack", "clone")
         ours, *others = (gigabytes_per_second(case, name) for name in names)
         share = f"{100 * ours / others[-1]:.0f} %" if ours and others[-1] else "-"
@@ -112,6 +156,7 @@ def page(facts: dict[str, str], rows: list[CudaRow]) -> str:
         facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
         eager=times("eager"),
         graph=times("graph"),
+        predictions=prediction_table(facts, cases),
         bytes=byte_table(cases),
         left_out=left_out_table(rows),
     )

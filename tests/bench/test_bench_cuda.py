@@ -16,12 +16,14 @@ from paths import ROOT
 sys.path.insert(0, str(ROOT / "bench" / "cuda"))
 sys.path.insert(0, str(ROOT / "bench"))
 import events
+import model
 import results
 import speed
 import speed_report
 import speed_rivals
 import traffic
 from cases import CUDA_RIVALS, GOALS, Case, cuda_cases, make_inputs
+from launches import Workload
 from results import CudaRow, row_fields
 from timing import Timing
 
@@ -231,6 +233,39 @@ def test_the_tables():
     )
     assert "| liger | eager | missing | all 2 cases |" in lines
     assert "| quack | eager | the \\| mean | (1000, 1000) float32 none |" in lines
+
+
+def test_predictions_stand_beside_the_measurement(monkeypatch):
+    """One row per case that the model knows; the model itself is replaced."""
+    asked = []
+
+    def predict(workload, gpu):
+        asked.append((workload, gpu))
+        return model.Prediction(4e-6, "issue")
+
+    monkeypatch.setattr(model, "predict", predict)
+    rows = [
+        *(row("ours", 10), row("ours", 5, section="graph")),
+        row("ours", 8, replace(TINY, inference=True, dtype=torch.bfloat16)),
+        row("ours", 8, replace(TINY, target_dtype=torch.uint8)),
+    ]
+    lines = speed_report.page({"GPU": "NVIDIA H200 SXM"}, rows).splitlines()
+    assert "| (64, 10) | float32 |  | graph | 5.00 | 4.00 | 1.25 | issue |" in lines
+    assert "| (64, 10) | bfloat16 | inference | eager | 8.00 | 4.00 | 2.00 | issue |" in lines
+    assert [workload for workload, _ in asked] == [
+        Workload((64, 10), torch.float32),
+        Workload((64, 10), torch.bfloat16, upstream=None),
+    ]
+    assert {gpu for _, gpu in asked} == {model.GPUS["H200"]}
+
+
+def test_without_a_model_the_page_says_so(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("nvcc was not found")
+
+    monkeypatch.setattr(model, "predict", fails)
+    for gpu, why in {"a GPU": "no model of the GPU a GPU", "A100": "nvcc was not found"}.items():
+        assert f"There are none: {why}." in speed_report.page({"GPU": gpu}, [row("ours", 1)])
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -10,6 +10,7 @@ from paths import ROOT
 
 sys.path.insert(0, str(ROOT / "bench" / "cuda"))
 import machine_code
+from faults import budget, faults
 
 pytestmark = [
     pytest.mark.nvcc,
@@ -22,9 +23,9 @@ DTYPES = {"double", "float", "half", "bfloat16"}
 
 
 @pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
-def test_launchable_no_spills_and_wide_loads(architecture):
+def test_launchable_no_spills_wide_loads_and_few_instructions(architecture):
     kernels = machine_code.inspect(architecture)
-    assert machine_code.faults(kernels) == []
+    assert faults(kernels) == []
     for name in ("forward_rows", "backward_rows", "forward_pixels", "backward_pixels"):
         for wide in (False, True):
             found = {k.dtype for k in kernels if k.name == name and (k.width > 1) == wide}
@@ -33,20 +34,33 @@ def test_launchable_no_spills_and_wide_loads(architecture):
         assert {k.dtype for k in kernels if k.name == name} == {"double", "float"}
 
 
-def test_faults_are_found():
+def test_spills_are_found():
     """The instrument itself: with too few registers ptxas must spill."""
     flags = ("-maxrregcount=32", "-Xptxas=-override-directive-values")  # launch bounds are some
-    kernels = machine_code.inspect("80", *flags)
-    assert any("spilled" in fault for fault in machine_code.faults(kernels))
-    some = machine_code.inspect("80")
-    too_many = next(k for k in some if k.registers > 64)
-    occupancy = machine_code.occupancy("80", 1024, too_many.registers, too_many.shared)
+    assert any("spilled" in fault for fault in faults(machine_code.inspect("80", *flags)))
+
+
+def test_faults_are_found():
+    """The instrument itself, on a kernel that has none."""
+    kernels = machine_code.inspect("80")
+    kernel = next(k for k in kernels if k.is_forward and k.width > 1 and k.registers > 64)
+    assert faults([kernel]) == []
+    occupancy = machine_code.occupancy("80", 1024, kernel.registers, kernel.shared)
+    load = kernel.loops["load"][0]
+    more = load.instructions + int(budget(kernel)) * load.elements
     for changes, fault in [
         ({"max_threads": 1024, "occupancy": occupancy}, "cannot be launched with 1024 threads of"),
         ({"max_threads": 0}, "no launch bounds"),
+        ({"loops": {**kernel.loops, "sum": []}}, "0 loops that sum"),
+        ({"loops": {**kernel.loops, "load": [load, load]}}, "2 loops that load"),
+        (
+            {"loops": {**kernel.loops, "load": [dataclasses.replace(load, is_wide=False)]}},
+            "the loop that loads does not move 128 bits at once",
+        ),
+        (
+            {"loops": {**kernel.loops, "load": [dataclasses.replace(load, instructions=more)]}},
+            "instructions an element, of",
+        ),
     ]:
-        broken = dataclasses.replace(too_many, **changes)
-        assert fault in machine_code.faults([broken])[0]
-    wide = next(k for k in some if k.width > 1)
-    narrow = dataclasses.replace(wide, loop_wide_loads=0)
-    assert "no 128-bit loads" in machine_code.faults([narrow])[0]
+        (found,) = faults([dataclasses.replace(kernel, **changes)])
+        assert fault in found
