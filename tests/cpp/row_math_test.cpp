@@ -17,18 +17,22 @@ namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-// What the kernels know of a row. The maximum starts at the lowest finite number, as theirs does,
-// so that -inf is no special case.
+// What the kernels know of a row: terms in acc_t, long sums in double. The maximum starts at the
+// lowest finite number, as theirs does, so that -inf is no special case.
 template <typename acc_t>
 struct RowStats {
   explicit RowStats(const std::vector<acc_t>& x) : size(static_cast<acc_t>(x.size())) {
     for (const acc_t value : x) {
       max = std::fmax(max, value);
     }
+    double exponentials = 0;
+    double shifted = 0;
     for (const acc_t value : x) {
-      sum_exp += std::exp(value - max);
-      sum_shifted += value - max;
+      exponentials += std::exp(value - max);
+      shifted += value - max;
     }
+    sum_exp = static_cast<acc_t>(exponentials);
+    sum_shifted = static_cast<acc_t>(shifted);
   }
 
   acc_t size;

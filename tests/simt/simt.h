@@ -113,9 +113,9 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return simt::exchange(mask, value, static_cast<int>(simt::lane()) ^ lane_mask, "__shfl_xor_sync");
 }
 
-// 2^x as wrong as a GPU's may be: off by up to 2 units in the last place (the bound that the PTX ISA
-// gives for ex2.approx), here by an amount that depends on the bits of x; 0 where it would not be a
-// normal number; exact at 0 and infinity.
+// 2^x as wrong as a GPU's may be: off by up to 2 units in the last place (the bound that the PTX
+// ISA gives for ex2.approx), here by an amount that depends on the bits of x; 0 where it would not
+// be a normal number; exact at 0 and infinity.
 inline float exp2_approx(float x) {
   const float result = std::exp2(x);
   if (x == 0 || !std::isfinite(x) || !std::isfinite(result)) return result;
