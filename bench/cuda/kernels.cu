@@ -11,11 +11,11 @@ namespace oe_ext::cuda {
 
 #define OE_EXT_INSTANTIATE(scalar_t, acc_t, kSize)                                          \
   template __global__ void outlier_exposure_forward_rows_kernel<scalar_t, acc_t, kSize>(    \
-      ForwardArgs<scalar_t, acc_t>, Partials, int, int);                                   \
+      ForwardArgs<scalar_t, acc_t>, Partials, int, int);                                    \
   template __global__ void outlier_exposure_backward_rows_kernel<scalar_t, acc_t, kSize>(   \
       BackwardArgs<scalar_t, acc_t>, int);                                                  \
   template __global__ void outlier_exposure_forward_pixels_kernel<scalar_t, acc_t, kSize>(  \
-      ForwardArgs<scalar_t, acc_t>, Partials, int);                                        \
+      ForwardArgs<scalar_t, acc_t>, Partials, int);                                         \
   template __global__ void outlier_exposure_backward_pixels_kernel<scalar_t, acc_t, kSize>( \
       BackwardArgs<scalar_t, acc_t>)
 #define OE_EXT_INSTANTIATE_DTYPE(scalar_t, acc_t) \
