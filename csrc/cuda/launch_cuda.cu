@@ -118,8 +118,9 @@ bool pixels_are_aligned(const Args& args) {
 }
 
 // How many units of a row a thread keeps in the stage: all, if it `wants` that and they fit.
-int stage_capacity(bool wants, int64_t units_per_thread, int64_t threads, int64_t unit_bytes) {
-  const int64_t room = max_stage_bytes() / (threads * unit_bytes);
+int stage_capacity(bool wants, int64_t units_per_thread, int64_t threads, int64_t unit_bytes,
+                   int64_t stage_bytes) {
+  const int64_t room = stage_bytes / (threads * unit_bytes);
   const int64_t part = std::min(room, kPartOfRowBytes / unit_bytes);
   const int64_t units =
       wants && units_per_thread <= room ? units_per_thread : std::min(part, units_per_thread);
@@ -155,23 +156,23 @@ struct RowsPlan {
 
 // The threads of a block, so that the stages of three fit a multiprocessor. 0: not even one of the
 // smallest block does.
-int pixel_threads(int64_t thread_bytes) {
+int pixel_threads(int64_t thread_bytes, int64_t stage_bytes) {
   int threads = kMaxPixelsThreads;
-  while (threads > kWarpSize && 3 * threads * thread_bytes > max_stage_bytes()) {
+  while (threads > kWarpSize && 3 * threads * thread_bytes > stage_bytes) {
     threads /= 2;
   }
-  return threads * thread_bytes <= max_stage_bytes() ? threads : 0;
+  return threads * thread_bytes <= stage_bytes ? threads : 0;
 }
 
 #define OE_EXT_LAUNCH(kernel, ...) launch(#kernel, kernel, __VA_ARGS__)
 
 template <int kSize, typename scalar_t, typename acc_t>
 int64_t forward_rows(const ForwardArgs<scalar_t, acc_t>& args, const Partials& partials,
-                     Stream stream) {
+                     int64_t stage_bytes, Stream stream) {
   constexpr int64_t kUnitBytes = kSize * sizeof(acc_t);
   const RowsPlan plan(args.layout, kSize);
-  const int capacity =
-      stage_capacity(args.grad_logits != nullptr, plan.units_per_thread, plan.threads, kUnitBytes);
+  const int capacity = stage_capacity(args.grad_logits != nullptr, plan.units_per_thread,
+                                      plan.threads, kUnitBytes, stage_bytes);
   OE_EXT_LAUNCH((outlier_exposure_forward_rows_kernel<scalar_t, acc_t, kSize>), kMaxRowsThreads,
                 plan.blocks, plan.threads, capacity * plan.threads * kUnitBytes, stream, args,
                 partials, plan.log_lanes, capacity);
@@ -187,13 +188,13 @@ void backward_rows(const BackwardArgs<scalar_t, acc_t>& args, Stream stream) {
 
 template <int kSize, typename scalar_t, typename acc_t>
 int64_t forward_pixels(const ForwardArgs<scalar_t, acc_t>& args, const Partials& partials,
-                       Stream stream) {
+                       int64_t stage_bytes, Stream stream) {
   constexpr int64_t kUnitBytes = kSize * sizeof(acc_t);
   const int64_t num_classes = args.layout.num_classes;
-  const int staged_threads = pixel_threads(num_classes * kUnitBytes);
+  const int staged_threads = pixel_threads(num_classes * kUnitBytes, stage_bytes);
   const bool keeps = args.grad_logits != nullptr && staged_threads > 0;
   const int threads = keeps ? staged_threads : kMaxPixelsThreads;
-  const int capacity = stage_capacity(keeps, num_classes, threads, kUnitBytes);
+  const int capacity = stage_capacity(keeps, num_classes, threads, kUnitBytes, stage_bytes);
   const int64_t blocks = blocks_for(args.layout.num_rows(), threads * kSize, max_blocks());
   OE_EXT_LAUNCH((outlier_exposure_forward_pixels_kernel<scalar_t, acc_t, kSize>), kMaxPixelsThreads,
                 blocks, threads, capacity * threads * kUnitBytes, stream, args, partials, capacity);
@@ -213,17 +214,18 @@ template <typename scalar_t, typename acc_t>
 int64_t forward_all_rows(const ForwardArgs<scalar_t, acc_t>& args, const Partials& partials,
                          Stream stream) {
   constexpr int kSize = kVectorSize<scalar_t>;
+  const int64_t stage_bytes = max_stage_bytes();
   if (!args.layout.is_class_major()) {
-    return rows_are_wide(args) ? forward_rows<kSize>(args, partials, stream)
-                               : forward_rows<1>(args, partials, stream);
+    return rows_are_wide(args) ? forward_rows<kSize>(args, partials, stage_bytes, stream)
+                               : forward_rows<1>(args, partials, stage_bytes, stream);
   }
   // With many classes, the stage of wide loads would leave too few threads on a multiprocessor.
   const int64_t wide_bytes =
       kMaxPixelsThreads * args.layout.num_classes * int64_t(kSize * sizeof(acc_t));
-  const bool wide = pixels_are_aligned(args) &&
-                    (args.grad_logits == nullptr || 2 * wide_bytes <= max_stage_bytes());
-  return wide ? forward_pixels<kSize>(args, partials, stream)
-              : forward_pixels<1>(args, partials, stream);
+  const bool wide =
+      pixels_are_aligned(args) && (args.grad_logits == nullptr || 2 * wide_bytes <= stage_bytes);
+  return wide ? forward_pixels<kSize>(args, partials, stage_bytes, stream)
+              : forward_pixels<1>(args, partials, stage_bytes, stream);
 }
 
 }  // namespace

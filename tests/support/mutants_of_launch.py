@@ -122,7 +122,7 @@ MUTANTS_OF_LAUNCH = [
     Mutant(
         "launch: wide pixels whose classes do not fit the stage",
         LAUNCH,
-        "(args.grad_logits == nullptr || 2 * wide_bytes <= max_stage_bytes());",
+        "(args.grad_logits == nullptr || 2 * wide_bytes <= stage_bytes);",
         "true;",
     ),
     Mutant(
