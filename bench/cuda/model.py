@@ -155,11 +155,6 @@ WORKLOADS = [
 ]
 
 
-def _table(header: list[str], lines: list[list[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
-
-
 def _number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
@@ -177,8 +172,8 @@ def _passes(workload: Workload) -> str:
     return usual if small == usual else f"{usual}; A100 {small}"
 
 
-def table() -> str:
-    """The predictions."""
+def table() -> tuple[list[str], list[list[str]]]:
+    """The predictions: a header, and lines."""
     lines = []
     for name, shape, dtype in WORKLOADS:
         for step, upstream in STEPS.items():
@@ -190,7 +185,7 @@ def table() -> str:
             times = [f"{_number(1e6 * p.seconds)} ({p.binds})" for p in predictions]
             lines.append([*_label(name, workload), step, *costs, *times])
     header = ["workload", "dtype", "step", "launches", "passes", "MB"]
-    return _table([*header, *(f"{gpu}, us" for gpu in GPUS)], lines)
+    return [*header, *(f"{gpu}, us" for gpu in GPUS)], lines
 
 
 def _in_flight_cell(launch: Launch, workload: Workload, gpu: Gpu) -> str:
@@ -199,7 +194,7 @@ def _in_flight_cell(launch: Launch, workload: Workload, gpu: Gpu) -> str:
     return f"{blocks:.2g}, {in_flight(launch, kernel, workload, gpu) / 1024:.1f}"
 
 
-def in_flight_table() -> str:
+def in_flight_table() -> tuple[list[str], list[list[str]]]:
     """The blocks that a multiprocessor holds at once, and the KB that they have on their way."""
     lines = []
     for name, shape, dtype in WORKLOADS:
@@ -216,4 +211,4 @@ def in_flight_table() -> str:
                 where = [*_label(name, workload), f"`{launch.kernel}`"]
                 lines.append([*where, *map(_number, sizes), *cells])
     gpus = [f"{name} (needs {gpu.needed_in_flight / 1024:.0f})" for name, gpu in GPUS.items()]
-    return _table(["workload", "dtype", "kernel", "lanes", "threads", "stage", *gpus], lines)
+    return ["workload", "dtype", "kernel", "lanes", "threads", "stage", *gpus], lines

@@ -35,6 +35,11 @@ def rewrite(section: str, text: str) -> None:
     REPORT.write_text(pattern.sub(lambda _: f"{begin}\n{text}{end}", page))
 
 
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
 def _values(kernels: dict[str, Kernel], get: Callable[[Kernel], object]) -> str:
     """One value per architecture, or one for all of them."""
     texts = [str(get(kernels[name])) for name in ARCHITECTURES if name in kernels]
@@ -46,12 +51,11 @@ def _table(kernels: list[Kernel], columns: dict[str, Callable[[Kernel], object]]
     groups: dict[tuple[str, str, int], dict[str, Kernel]] = collections.defaultdict(dict)
     for kernel in kernels:
         groups[kernel.name, kernel.dtype, kernel.width][kernel.architecture] = kernel
-    header = ["kernel", "dtype", "width", *columns]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for (name, dtype, width), group in groups.items():
         values = [_values(group, get) for get in columns.values()]
         lines.append([f"`{name}`", dtype, str(width or ""), *values])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown(["kernel", "dtype", "width", *columns], lines)
 
 
 def resource_table(kernels: list[Kernel]) -> str:
@@ -105,9 +109,9 @@ def model_sections() -> None:
     import model
     import sectors
 
-    rewrite("model", model.table())
-    rewrite("in flight", model.in_flight_table())
-    rewrite("sectors", sectors.sector_table())
+    rewrite("model", markdown(*model.table()))
+    rewrite("in flight", markdown(*model.in_flight_table()))
+    rewrite("sectors", markdown(*sectors.sector_table()))
 
 
 def ptx() -> None:

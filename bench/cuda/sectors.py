@@ -24,19 +24,17 @@ SECTOR_CASES = [
 ]
 
 
-def sector_table() -> str:
+def sector_table() -> tuple[list[str], list[list[str]]]:
     """The number of 32-byte sectors that requests for logits touch, over the minimum."""
-    lines = [
-        "| layout | dtype | requests | sectors a request | over the least | 16 bytes a lane, % |",
-        "|---|---|---|---|---|---|",
-    ]
+    header = ["layout", "dtype", "requests", "sectors a request", "over the least"]
+    lines = []
     for name, shape, memory_format in SECTOR_CASES:
         for dtype in (torch.float32, torch.bfloat16):
             logits = make_logits(shape, dtype)
             if logits.dim() == 4:
                 logits = logits.to(memory_format=memory_format)
             target = make_target(shape, "ignored")
-            target[:] = -1  # only outliers: no logit at a label is read again
+            target[:] = -1
             logits.requires_grad_()
             with simt_device.active(), simt_device.counting() as launches:
                 loss = outlier_exposure_loss(logits, target)
@@ -52,8 +50,7 @@ def sector_table() -> str:
                 sum(traffic[key] for traffic in moved)
                 for key in ("requests", "sectors", "least_sectors", "bytes", "wide_bytes")
             )
-            lines.append(
-                f"| {name} | {str(dtype).removeprefix('torch.')} | {requests} "
-                f"| {sectors / requests:.2f} | {sectors / least:.2f} | {100 * wide / total:.0f} |"
-            )
-    return "\n".join(lines) + "\n"
+            shares = [f"{sectors / requests:.2f}", f"{sectors / least:.2f}"]
+            case = [name, str(dtype).removeprefix("torch."), str(requests)]
+            lines.append([*case, *shares, f"{100 * wide / total:.0f}"])
+    return [*header, "16 bytes a lane, %"], lines
