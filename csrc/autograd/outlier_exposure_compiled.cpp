@@ -25,10 +25,14 @@ variable_list LossNode::apply_with_saved(const variable_list& inputs,
   for (SavedVariable& variable : saved_) {
     saved.before(variable);
   }
+  saved.before(options_.ignore_index);
+  saved.before(options_.ood_index);
   variable_list result = apply(variable_list(inputs));
   for (SavedVariable& variable : saved_) {
     saved.after(variable);
   }
+  saved.after(options_.ignore_index);
+  saved.after(options_.ood_index);
   return result;
 }
 

@@ -205,17 +205,22 @@ def test_what_cuda_graphs_need(device):
     assert sum("oe_ext" in name for name in names) == 2, "one operator each way"
 
 
-def test_compiled_autograd(device):
+@pytest.mark.parametrize("special_labels", [{}, {"ignore_index": IGNORE}, {"ignore_index": -7}])
+def test_compiled_autograd(device, special_labels):
     logits = make_logits((8, 5), device=device).requires_grad_()
     target = make_target((8, 5), device=device)
     alpha = torch.rand(8, dtype=torch.float64, device=device).requires_grad_()
-    expected = torch.autograd.grad(outlier_exposure_loss(logits, target, alpha), (logits, alpha))
+
+    def loss():
+        return outlier_exposure_loss(logits, target, alpha, **special_labels)
+
+    expected = torch.autograd.grad(loss(), (logits, alpha))
 
     def compiler(graph):
         return torch.compile(graph, backend="aot_eager", fullgraph=True)
 
     with torch._dynamo.compiled_autograd._enable(compiler):
-        outlier_exposure_loss(logits, target, alpha).backward()
+        loss().backward()
     torch.testing.assert_close((logits.grad, alpha.grad), expected)
 
 
