@@ -83,8 +83,8 @@ test-sanitizers: $(BUILT)  ## the C++ tests, the CUDA kernels' too, with ASan an
 # -Wno-restrict: g++ 12 warns of its own std::string.
 AARCH64_CXX = aarch64-linux-gnu-g++ -Werror -Wno-restrict $$(cd oe_ext && OE_EXT_CUDA=0 \
   $(abspath $(PY)) -c "import _build as b; print(*b.describe_build(b.Path('..')).cxx_flags)")
-AARCH64_TESTS := kernels_test cpu_threads_test row_math_test elementwise_test cpu_kernels \
-                 without_torch
+AARCH64_TESTS := kernels_test cpu_threads_test upsampled_test row_math_test elementwise_test \
+                 cpu_kernels without_torch
 GOOGLETEST := /usr/src/googletest/googletest
 test-aarch64: $(INSTALLED)  ## the C++ tests of the CPU kernels on aarch64, in QEMU: minutes
 	$(call apt_install,/usr/bin/aarch64-linux-gnu-g++,g++-aarch64-linux-gnu)
@@ -94,7 +94,8 @@ test-aarch64: $(INSTALLED)  ## the C++ tests of the CPU kernels on aarch64, in Q
 	  $(wildcard csrc/ops/*.cpp csrc/autograd/*.cpp csrc/cpu/*.cpp)
 	mkdir -p build
 	$(AARCH64_CXX) -Icsrc -isystem $(GOOGLETEST)/include -isystem $(GOOGLETEST) \
-	  $(AARCH64_TESTS:%=tests/cpp/%.cpp) csrc/cpu/launch_cpu.cpp csrc/cpu/kernels_default.cpp \
+	  $(AARCH64_TESTS:%=tests/cpp/%.cpp) csrc/cpu/kernels_default.cpp \
+	  $(wildcard csrc/cpu/launch_*.cpp csrc/cpu/choose_*.cpp) \
 	  $(GOOGLETEST)/src/gtest-all.cc $(GOOGLETEST)/src/gtest_main.cc -o build/aarch64-tests
 	aarch64-linux-gnu-objdump -dC build/aarch64-tests | $(PY) tests/cpp/check_neon.py
 	qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64-tests $(ARGS)

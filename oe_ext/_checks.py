@@ -37,10 +37,12 @@ __all__ = [
     "check_arguments",
     "check_group",
     "check_tensors",
+    "check_upsample",
     "check_weight",
 ]
 
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss
+_UPSAMPLED_LOSS = torch.ops.oe_ext.upsampled_outlier_exposure_loss
 _NAME = "outlier_exposure_loss"
 
 # A tensor, or its proxy while torch.fx traces.
@@ -111,6 +113,15 @@ def check_weight(weight: Any, caller: str = _NAME) -> None:
             f"{caller}: weight must have one element per class, so one axis, got shape "
             f"{list(weight.shape)}"
         )
+
+
+def check_upsample(upsample: Any, align_corners: Any, caller: str = _NAME) -> None:
+    if upsample is not None and upsample != "bilinear":
+        raise ValueError(f"{caller}: upsample must be None or 'bilinear', got {upsample!r}")
+    if not isinstance(align_corners, bool):
+        raise TypeError(f"{caller}: align_corners must be a bool, got {_kind(align_corners)}")
+    if align_corners and upsample is None:
+        raise ValueError(f"{caller}: align_corners=True needs upsample='bilinear', got None")
 
 
 def as_counts(counts: Any, logits: Tensor) -> Tensor:
@@ -191,13 +202,16 @@ def check_arguments(
     reduction: str,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    align_corners: bool | None = None,
 ) -> None:
     """Raises the operator's errors for shapes, dtypes and settings: its Meta kernel checks all but
-    the labels."""
+    the labels. ``align_corners``: of logits that are upsampled; else None."""
     with torch.no_grad():
-        operator = _LOSS.default
+        packet = _LOSS if align_corners is None else _UPSAMPLED_LOSS
+        resize = {} if align_corners is None else {"align_corners": align_corners}
+        operator = packet.default
         if isinstance(alpha, Tensor):
-            operator, alpha = _LOSS.tensor_alpha, alpha.to("meta")
+            operator, alpha = packet.tensor_alpha, alpha.to("meta")
         operator(
             logits.to("meta"),
             target.to("meta"),
@@ -205,4 +219,5 @@ def check_arguments(
             reduction,
             weight=None if weight is None else weight.to("meta"),
             label_smoothing=label_smoothing,
+            **resize,
         )

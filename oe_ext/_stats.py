@@ -14,6 +14,9 @@ from oe_ext.reference import inliers_and_outliers, weights_of_inliers
 
 __all__ = ["LossScores", "LossStats", "loss_with_stats"]
 
+_FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward.default
+_UPSAMPLED_FORWARD = torch.ops.oe_ext._upsampled_outlier_exposure_loss_forward.default
+
 
 class LossStats(NamedTuple):
     """Statistics of one batch: 0-dim tensors, detached, on the device of the logits.
@@ -128,29 +131,26 @@ def loss_with_stats(
     weight: Tensor | None,
     label_smoothing: float,
     counts: Tensor | None,
+    align_corners: bool | None,
 ) -> tuple[Tensor | LossStats | LossScores, ...]:
     """The loss and the requested statistics, for O(N) more work. Eager calls on the CPU read again
-    only the logits at the labels, and rows where these do not tell if the label is the argmax."""
+    only the logits at the labels, and rows where these do not tell if the label is the argmax.
+    ``align_corners``: of logits that are upsampled; else None. Their operator finds the argmax."""
     if not torch.compiler.is_dynamo_compiling():
         check_alpha(alpha)
     # A tensor alpha makes the operator keep the cross-entropy of each row, also of outliers with a
     # weight of 0.
     alpha = alpha if isinstance(alpha, TENSORS) else alpha_as_tensor(alpha, logits)
     eager = _is_eager(logits, target, alpha)
-    loss, cross_entropy, row_max, row_sum_exp, _, _ = (
-        torch.ops.oe_ext._outlier_exposure_loss_forward.default(
-            logits,
-            target,
-            0.0,
-            alpha,
-            reduction,
-            ignore_index,
-            ood_index,
-            counts=counts,
-            weight=weight,
-            label_smoothing=label_smoothing,
+    arguments = (logits, target, 0.0, alpha, reduction, ignore_index, ood_index)
+    options = {"counts": counts, "weight": weight, "label_smoothing": label_smoothing}
+    argmax = None
+    if align_corners is None:
+        loss, cross_entropy, row_max, row_sum_exp, _, _ = _FORWARD(*arguments, **options)
+    else:
+        loss, cross_entropy, row_max, row_sum_exp, argmax, _, _ = _UPSAMPLED_FORWARD(
+            *arguments, align_corners, statistics=True, **options
         )
-    )
     result: tuple[Tensor | LossStats | LossScores, ...] = (loss,)
     label = target.long()
     inlier, outlier = inliers_and_outliers(label, ignore_index, ood_index)
@@ -158,9 +158,11 @@ def loss_with_stats(
         # where() and not products: an ignored row may hold any value
         terms = cross_entropy.double()
         in_loss_dtype = None if weight is None else weight.to(cross_entropy.dtype)
-        rows = logits.detach()
-        known = (row_max, row_sum_exp) if eager and logits.device.type == "cpu" else None
-        is_right = _is_argmax(rows, label, inlier, known)
+        if argmax is None:
+            known = (row_max, row_sum_exp) if eager and logits.device.type == "cpu" else None
+            is_right = _is_argmax(logits.detach(), label, inlier, known)
+        else:
+            is_right = inlier & (argmax == label)
         result += (
             _from_sums(
                 sum_from_axis(torch.where(inlier, terms, 0.0).flatten(), rank=1),

@@ -34,6 +34,7 @@ def _call(
     reduction: str,
     options: dict[str, Any],
     counts: Tensor | None = None,
+    align_corners: bool | None = None,
 ) -> Tensor:
     """Calls the operator. Its means divide by ``counts``, if given."""
     weight = _replicated(options["weight"], logits)
@@ -45,6 +46,7 @@ def _call(
         options | {"weight": weight},
         _replicated(counts, logits),
         by_forward=weight is not None,  # DTensor reads no rule for a tensor that is a keyword
+        align_corners=align_corners,
     )
 
 
@@ -68,11 +70,12 @@ def global_outlier_exposure_loss(
     counts: Tensor | None = None,
     ignore_index: int | None = None,
     ood_index: int | None = None,
+    align_corners: bool | None = None,
 ) -> Tensor:
     """The loss of a batch that is spread over the processes of a group, or sharded as a DTensor.
 
     :func:`oe_ext.outlier_exposure_loss` calls this for a ``process_group`` or a DTensor, and
-    documents the arguments.
+    documents the arguments. ``align_corners`` is that of logits that are upsampled; else None.
 
     With a ``process_group``, ``"mean"`` and ``"group_mean"`` divide by the average of the
     processes' counts (for inliers with a ``weight``, their summed weights). Averaged over the
@@ -102,12 +105,14 @@ def global_outlier_exposure_loss(
         if any(p.is_shard(_CLASS_AXIS) for p in logits.placements):
             return _class_parallel_of_dtensor(logits, target, alpha, reduction, options, counts)
     if counts is not None or not find_reduction(reduction).counts:
-        return _call(logits, target, alpha, reduction, options, counts)
+        return _call(logits, target, alpha, reduction, options, counts, align_corners)
     if not torch.compiler.is_dynamo_compiling():
         try:
             check_alpha(alpha)
             if not isinstance(logits, DTensor):
-                check_arguments(logits, target, alpha, reduction, weight, label_smoothing)
+                check_arguments(
+                    logits, target, alpha, reduction, weight, label_smoothing, align_corners
+                )
         except (ValueError, TypeError):
             if process_group is not None:  # the other processes wait for our counts
                 nothing = torch.zeros(3, dtype=torch.float64, device=target.device)
@@ -127,7 +132,7 @@ def global_outlier_exposure_loss(
     counts = numbers[:2] / num_parts
     if find_reduction(reduction).empty_is_nan:
         counts = torch.where(numbers[2] == 0, torch.nan, counts)
-    return _call(logits, target, alpha, reduction, options, counts)
+    return _call(logits, target, alpha, reduction, options, counts, align_corners)
 
 
 def _class_parallel_of_dtensor(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from oe_ext._checks import (
     as_reduction,
     as_special_label,
     check_tensors,
+    check_upsample,
     check_weight,
 )
 from oe_ext._reductions import count_groups
@@ -29,10 +30,23 @@ from oe_ext.reference import inliers_and_outliers
 
 __all__ = ["LossScores", "LossStats", "count_labels", "outlier_exposure_loss"]
 
-# With an alpha that is a number, or a tensor.
+
+class _Operators(NamedTuple):
+    loss: Any  # with an alpha that is a number
+    loss_of_tensor: Any
+    forward: Any
+
+
 _LOSS = torch.ops.oe_ext.outlier_exposure_loss.default
 _LOSS_OF_TENSOR = torch.ops.oe_ext.outlier_exposure_loss.tensor_alpha
-_FORWARD = torch.ops.oe_ext._outlier_exposure_loss_forward.default
+_OPERATORS = _Operators(
+    _LOSS, _LOSS_OF_TENSOR, torch.ops.oe_ext._outlier_exposure_loss_forward.default
+)
+_UPSAMPLED_OPERATORS = _Operators(
+    torch.ops.oe_ext.upsampled_outlier_exposure_loss.default,
+    torch.ops.oe_ext.upsampled_outlier_exposure_loss.tensor_alpha,
+    torch.ops.oe_ext._upsampled_outlier_exposure_loss_forward.default,
+)
 # Types of logits that are tensors, and not a DTensor.
 _LOCAL_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -55,6 +69,8 @@ def outlier_exposure_loss(
     counts: Counts | None = ...,
     ignore_index: int | None = ...,
     ood_index: int | None = ...,
+    upsample: Literal["bilinear"] | None = ...,
+    align_corners: bool = ...,
     process_group: ProcessGroup | str | None = ...,
     return_stats: Literal[False] = ...,
     return_scores: Literal[False] = ...,
@@ -73,6 +89,8 @@ def outlier_exposure_loss(
     counts: Counts | None = ...,
     ignore_index: int | None = ...,
     ood_index: int | None = ...,
+    upsample: Literal["bilinear"] | None = ...,
+    align_corners: bool = ...,
     process_group: None = ...,
     return_stats: Literal[True],
     return_scores: Literal[False] = ...,
@@ -91,6 +109,8 @@ def outlier_exposure_loss(
     counts: Counts | None = ...,
     ignore_index: int | None = ...,
     ood_index: int | None = ...,
+    upsample: Literal["bilinear"] | None = ...,
+    align_corners: bool = ...,
     process_group: ProcessGroup | str | None = ...,
     return_stats: bool = ...,
     return_scores: bool = ...,
@@ -108,6 +128,8 @@ def outlier_exposure_loss(
     counts: Counts | None = None,
     ignore_index: int | None = None,
     ood_index: int | None = None,
+    upsample: Literal["bilinear"] | None = None,
+    align_corners: bool = False,
     process_group: ProcessGroup | str | None = None,
     return_stats: bool = False,
     return_scores: bool = False,
@@ -165,6 +187,14 @@ def outlier_exposure_loss(
             and the classes. By default no position is ignored: -100 is the label of an outlier,
             like any negative number.
         ood_index: the label of outliers, instead of the negative numbers.
+        upsample: ``"bilinear"``: ``logits`` ``[N, C, h, w]`` are of a lower resolution than
+            ``target`` ``[N, H, W]``, as segmentation networks compute them. The loss, and its
+            gradient, are those of ``F.interpolate(logits, size=(H, W), mode="bilinear")``, without
+            logits of that size in memory, and in float32 for half types. Logits of the target's
+            size give the loss itself. Where the target is smaller, for ``weight`` together with
+            ``label_smoothing``, for derivatives beyond the first, and under ``torch.func``, the
+            logits are interpolated by torch, in memory; on CUDA for now, always.
+        align_corners: as in :func:`torch.nn.functional.interpolate`.
         process_group: the processes that share a batch; each holds a part of it. ``"world"`` means
             all processes at the time of the call; before ``init_process_group()``, when
             ``dist.group.WORLD`` is None, it means this process alone. ``"mean"`` and
@@ -189,10 +219,12 @@ def outlier_exposure_loss(
         ValueError: an unsupported rank, shape or reduction, no class at all, an ``alpha`` that is
             not finite (``torch.compile`` accepts such a number), a ``weight`` that is negative or
             not finite (on the CPU), a ``label_smoothing`` outside [0, 1], or ``counts`` for a
-            reduction that divides by none, or together with ``process_group``.
+            reduction that divides by none, or together with ``process_group``; with ``upsample``,
+            logits or a target of another rank; another ``upsample`` than ``"bilinear"``.
         TypeError: an unsupported dtype, such as that of soft labels; a missing tensor; a special
             label that is not an integer (False is not one).
-        NotImplementedError: a ``weight`` or ``counts`` that require a gradient.
+        NotImplementedError: a ``weight`` or ``counts`` that require a gradient; ``upsample`` for a
+            DTensor.
         IndexError: on the CPU, a label that is neither a class nor a special label. On CUDA a
             device-side assert stops the kernel, as with
             :func:`torch.nn.functional.cross_entropy`.
@@ -217,6 +249,15 @@ def outlier_exposure_loss(
                 "give one of the two"
             )
         counts = as_counts(counts, logits)
+    resize = None  # the align_corners of logits that are upsampled
+    if upsample is not None or align_corners is not False:
+        check_upsample(upsample, align_corners)
+        resize = align_corners
+        if not is_local and _is_dtensor(logits):
+            raise NotImplementedError(
+                "outlier_exposure_loss: upsample='bilinear' does not take a DTensor; interpolate "
+                "its logits first, or call the loss on each process's part with a process_group"
+            )
     if process_group is not None:
         process_group = as_group(process_group)
     if process_group is not None or (not is_local and _is_dtensor(logits)):
@@ -238,6 +279,7 @@ def outlier_exposure_loss(
             counts=counts,
             ignore_index=ignore_index,
             ood_index=ood_index,
+            align_corners=resize,
         )
     if return_stats or return_scores:
         return loss_with_stats(
@@ -252,6 +294,7 @@ def outlier_exposure_loss(
             weight,
             label_smoothing,
             counts,
+            resize,
         )
     operator = _LOSS
     if is_dynamo_compiling() and not isinstance(alpha, TENSORS):
@@ -263,6 +306,7 @@ def outlier_exposure_loss(
             alpha = as_number(alpha)
     loss: Tensor
     # Every argument takes time, also one with the value of a default.
+    is_plain = is_plain and resize is None
     if is_plain and ignore_index is None and ood_index is None:
         loss = operator(logits, target, alpha, reduction)
     elif is_plain:
@@ -276,7 +320,9 @@ def outlier_exposure_loss(
             "weight": weight,
             "label_smoothing": label_smoothing,
         }
-        loss = call_operator(logits, target, alpha, reduction, options, counts)
+        loss = call_operator(
+            logits, target, alpha, reduction, options, counts, align_corners=resize
+        )
     return loss
 
 
@@ -289,15 +335,20 @@ def call_operator(
     counts: Tensor | None = None,
     *,
     by_forward: bool = False,
+    align_corners: bool | None = None,
 ) -> Tensor:
-    """Calls the operator of the loss or, ``by_forward`` and for ``counts``, that of its forward."""
+    """Calls the operator of the loss or, ``by_forward`` and for ``counts``, that of its forward.
+    ``align_corners``: of logits that are upsampled; else None."""
     is_tensor = isinstance(alpha, TENSORS)
+    ops = _OPERATORS if align_corners is None else _UPSAMPLED_OPERATORS
+    if align_corners is not None:
+        options = options | {"align_corners": align_corners}
     loss: Tensor
     if by_forward or counts is not None:
         number, tensor = (0.0, alpha) if is_tensor else (alpha, None)
-        loss, *_ = _FORWARD(logits, target, number, tensor, reduction, **options, counts=counts)
+        loss, *_ = ops.forward(logits, target, number, tensor, reduction, **options, counts=counts)
     else:
-        operator = _LOSS_OF_TENSOR if is_tensor else _LOSS
+        operator = ops.loss_of_tensor if is_tensor else ops.loss
         loss = operator(logits, target, alpha, reduction, **options)
     return loss
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from oe_ext._checks import (
     as_special_label,
     check_alpha,
     check_group,
+    check_upsample,
     check_weight,
 )
 from oe_ext._reductions import find_reduction
@@ -46,6 +47,8 @@ class OutlierExposureLoss(torch.nn.Module):
         label_smoothing: the part of an inlier's distribution that is uniform, in [0, 1].
         ignore_index: positions with this label are ignored. By default none are.
         ood_index: the label of outliers, instead of the negative numbers.
+        upsample: ``"bilinear"`` for logits of a lower resolution than the target.
+        align_corners: as in :func:`torch.nn.functional.interpolate`.
         process_group: the processes that share a batch, for the global means. ``"world"`` means
             all processes at the time of a call, so a module may be built before
             ``init_process_group()``. ``dist.group.WORLD`` is still None then, which means this
@@ -56,7 +59,8 @@ class OutlierExposureLoss(torch.nn.Module):
 
     Raises:
         ValueError: an unknown reduction or process_group name, an alpha that is not finite, a
-            weight that is not one-dimensional, or a label_smoothing outside [0, 1].
+            weight that is not one-dimensional, a label_smoothing outside [0, 1], or an unknown
+            upsample.
         TypeError: an alpha that is neither a number nor a floating-point tensor, a weight that is
             not a floating-point tensor, or a special label that is not an integer.
     """
@@ -73,6 +77,8 @@ class OutlierExposureLoss(torch.nn.Module):
         label_smoothing: float = 0.0,
         ignore_index: int | None = None,
         ood_index: int | None = None,
+        upsample: Literal["bilinear"] | None = None,
+        align_corners: bool = False,
         process_group: ProcessGroup | str | None = None,
         return_stats: bool = False,
         return_scores: bool = False,
@@ -86,6 +92,9 @@ class OutlierExposureLoss(torch.nn.Module):
         self.label_smoothing = as_label_smoothing(label_smoothing, _NAME)
         self.ignore_index = as_special_label("ignore_index", ignore_index, _NAME)
         self.ood_index = as_special_label("ood_index", ood_index, _NAME)
+        check_upsample(upsample, align_corners, _NAME)
+        self.upsample = upsample
+        self.align_corners = align_corners
         self.process_group = process_group
         self.return_stats = return_stats
         self.return_scores = return_scores
@@ -94,7 +103,8 @@ class OutlierExposureLoss(torch.nn.Module):
         self, logits: Tensor, target: Tensor, *, counts: Counts | None = None
     ) -> Tensor | tuple[Tensor | LossStats | LossScores, ...]:
         """The loss of ``logits`` ``[N, C, ...]`` for the labels ``target`` ``[N, ...]``, with the
-        requested statistics. ``counts`` replace those of this target in a mean."""
+        requested statistics. With ``upsample``, ``logits`` ``[N, C, h, w]`` and ``target``
+        ``[N, H, W]``. ``counts`` replace those of this target in a mean."""
         return outlier_exposure_loss(
             logits,
             target,
@@ -105,6 +115,8 @@ class OutlierExposureLoss(torch.nn.Module):
             counts=counts,
             ignore_index=self.ignore_index,
             ood_index=self.ood_index,
+            upsample=self.upsample,
+            align_corners=self.align_corners,
             process_group=self.process_group,
             return_stats=self.return_stats,
             return_scores=self.return_scores,
@@ -177,7 +189,10 @@ class OutlierExposureLoss(torch.nn.Module):
             switches.append(f"weight=<of {len(self.weight)} classes>")
         if self.label_smoothing != 0:
             switches.append(f"label_smoothing={self.label_smoothing:g}")
-        switches += [f"{n}=True" for n in ("return_stats", "return_scores") if getattr(self, n)]
+        if self.upsample is not None:
+            switches.append(f"upsample={self.upsample!r}")
+        names = ("align_corners", "return_stats", "return_scores")
+        switches += [f"{name}=True" for name in names if getattr(self, name)]
         group = self.process_group
         if group is not None:
             name = f" ({WORLD!r})" if self._process_group == WORLD else ""

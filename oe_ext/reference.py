@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 __all__ = ["inliers_and_outliers", "outlier_exposure_loss", "weights_of_inliers"]
 
@@ -47,10 +48,14 @@ def outlier_exposure_loss(
     counts: tuple[float, float] | Tensor | None = None,
     ignore_index: int | None = None,
     ood_index: int | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
 ) -> Tensor:
     """The same arguments, shapes and result as :func:`oe_ext.outlier_exposure_loss`, in the dtype
     of the logits (float32 for half types). Inputs are not checked."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    if upsample is not None:
+        logits = interpolate(logits.to(dtype), target.shape[1:], None, upsample, align_corners)
     labels = target.long()
     inlier, outlier = inliers_and_outliers(target, ignore_index, ood_index)
 

@@ -48,13 +48,6 @@ at::Tensor readable_logits(const at::Tensor& logits) {
              : logits.contiguous(logits.suggest_memory_format());
 }
 
-void check_no_gradient(const OptionalTensor& tensor, const char* name) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !torch::autograd::compute_requires_grad(tensor) && !any_tangent(tensor),
-      "outlier_exposure_loss: the loss has no derivative with respect to ", name,
-      ", which must not require a gradient; ", name, ".detach() does not");
-}
-
 struct AutogradKernels {
   static at::Tensor loss(const LossInputs& inputs) {
     check_no_gradient(inputs.weight, "weight");

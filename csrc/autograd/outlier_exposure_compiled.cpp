@@ -3,6 +3,7 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include "outlier_exposure_nodes.h"
+#include "upsampled_outlier_exposure_nodes.h"
 
 namespace oe_ext {
 
@@ -18,6 +19,12 @@ void LossNode::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) co
   args.collect(options_.ignore_index);
   args.collect(options_.ood_index);
   args.collect(options_.label_smoothing);
+}
+
+void UpsampledOutlierExposureLossBackward0::compiled_args(
+    torch::dynamo::autograd::CompiledNodeArgs& args) const {
+  LossNode::compiled_args(args);
+  args.collect(align_corners_);
 }
 
 variable_list LossNode::apply_with_saved(const variable_list& inputs,

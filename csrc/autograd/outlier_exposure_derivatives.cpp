@@ -87,6 +87,11 @@ at::Tensor RowScales::of_outliers(const at::Tensor& values) const {
   return where_or_zero(outlier_, repeat_like(values, outlier_));
 }
 
+at::Tensor RowScales::alpha_gradient(const at::Tensor& grad, const at::Tensor& cross_entropy,
+                                     const at::Tensor& alpha) const {
+  return sum_like(alpha_scale * of_outliers(grad) * cross_entropy, alpha).to(alpha.scalar_type());
+}
+
 at::Tensor RowScales::silent(const at::Tensor& logits) const {
   if (!weightless_.defined()) {
     return at::Tensor();

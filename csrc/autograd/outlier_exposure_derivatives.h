@@ -25,6 +25,10 @@ struct RowScales {
   // Zeroes all rows but outliers. The values broadcast to the shape of target.
   at::Tensor of_outliers(const at::Tensor& values) const;
 
+  // The gradient of alpha, in its shape and dtype, from the cross-entropy of every outlier.
+  at::Tensor alpha_gradient(const at::Tensor& grad, const at::Tensor& cross_entropy,
+                            const at::Tensor& alpha) const;
+
   // The cross-entropy of every outlier, without weight or reduction, differentiable by autograd.
   at::Tensor outlier_cross_entropy(const at::Tensor& logits) const;
 

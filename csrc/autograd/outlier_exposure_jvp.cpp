@@ -1,6 +1,7 @@
 #include "outlier_exposure_jvp.h"
 
 #include <ATen/TensorOperators.h>
+#include <torch/csrc/autograd/functions/utils.h>
 
 namespace oe_ext {
 namespace {
@@ -35,6 +36,13 @@ at::Tensor add_defined(const at::Tensor& a, const at::Tensor& b) { return a.defi
 
 at::Tensor tangent_of(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->defined() ? tensor->_fw_grad(/*level=*/0) : at::Tensor();
+}
+
+void check_no_gradient(const OptionalTensor& tensor, const char* name) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !torch::autograd::compute_requires_grad(tensor) && !any_tangent(tensor),
+      "outlier_exposure_loss: the loss has no derivative with respect to ", name,
+      ", which must not require a gradient; ", name, ".detach() does not");
 }
 
 at::Tensor loss_jvp(const LossInputs& inputs, const at::Tensor& counts) {

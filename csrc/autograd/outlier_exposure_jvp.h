@@ -13,6 +13,9 @@ bool any_tangent(const Tensors&... tensors) {
   return (tangent_of(tensors).defined() || ...);
 }
 
+// Raises an error for a tensor that has no derivative but requires one.
+void check_no_gradient(const OptionalTensor& tensor, const char* name);
+
 // The tangents of the loss and of the result of the backward operator. A mean divides by counts.
 at::Tensor loss_jvp(const LossInputs& inputs, const at::Tensor& counts);
 at::Tensor backward_jvp(const at::Tensor& grad, const LossInputs& inputs, const at::Tensor& counts);

@@ -8,7 +8,6 @@
 #include <mutex>
 
 #include "outlier_exposure_jvp.h"
-#include "sums.h"
 
 namespace oe_ext {
 
@@ -19,11 +18,6 @@ namespace {
 
 SavedVariable save(const OptionalTensor& tensor) {
   return SavedVariable(tensor, /*is_output=*/false);
-}
-
-// Sums one value per position to the shape of alpha, in its dtype.
-at::Tensor alpha_gradient(const at::Tensor& per_row, const at::Tensor& alpha) {
-  return sum_like(per_row, alpha).to(alpha.scalar_type());
 }
 
 }  // namespace
@@ -111,8 +105,7 @@ variable_list OutlierExposureLossBackward0::apply(variable_list&& grads) {
     const at::Tensor cross_entropy = needs_history
                                          ? scales.outlier_cross_entropy(logits)
                                          : scales.of_outliers(saved_[kRowCrossEntropy].unpack());
-    result[1] =
-        alpha_gradient(scales.alpha_scale * scales.of_outliers(grad) * cross_entropy, *alpha);
+    result[1] = scales.alpha_gradient(grad, cross_entropy, *alpha);
   }
   return result;
 }
@@ -142,9 +135,8 @@ variable_list OutlierExposureLossBackwardBackward0::apply(variable_list&& grads)
                     .to(logits.scalar_type());
   }
   if (alpha.has_value() && task_should_compute_output(2)) {
-    result[2] = alpha_gradient(rows.alpha_scale * rows.of_rows(grad) *
-                                   rows.of_outliers(rows.cross_entropy_along(direction)),
-                               *alpha);
+    result[2] =
+        rows.alpha_gradient(grad, rows.of_outliers(rows.cross_entropy_along(direction)), *alpha);
   }
   return result;
 }

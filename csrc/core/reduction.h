@@ -51,6 +51,11 @@ struct DivisorRule {
 
   constexpr C10_HOST_DEVICE bool counts() const { return inliers.counts() || outliers.counts(); }
 
+  // Is the divisor of both groups that of all their members?
+  constexpr C10_HOST_DEVICE bool counts_all() const {
+    return inliers.by_inliers && inliers.by_outliers && outliers.by_inliers && outliers.by_outliers;
+  }
+
   // The counts may be fractions: sums of weights, averages over processes.
   C10_HOST_DEVICE GroupDivisors operator()(const GroupCounts& counts) const {
     return {inliers(counts), outliers(counts)};

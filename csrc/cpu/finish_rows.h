@@ -67,8 +67,8 @@ void spread_offsets(const Args& args, TileRows<acc_t>& rows) {
 template <typename scalar_t, typename acc_t>
 void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const GroupDivisors& divisors,
                  TileRows<acc_t>& rows, GroupSums& sums) {
-  alignas(64) acc_t loss[kMaxTileRows];
-  alignas(64) acc_t cross_entropy[kMaxTileRows];
+  alignas(64) acc_t loss[kRowCapacity];
+  alignas(64) acc_t cross_entropy[kRowCapacity];
   const acc_t num_classes = args.num_classes();
   const auto inlier_divisor = static_cast<acc_t>(divisors.inliers);
   const auto outlier_divisor = static_cast<acc_t>(divisors.outliers);
@@ -121,10 +121,9 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const GroupDivisors& 
   }
 }
 
-// Loads the statistics that the forward saved, and sets the coefficients of the gradients.
+// Sets the coefficients of the gradients, for the upstream gradients of a backward.
 template <typename scalar_t, typename acc_t>
-void restore_rows(const BackwardArgs<scalar_t, acc_t>& args, TileRows<acc_t>& rows) {
-  clear_statistics(rows);
+void set_gradients(const BackwardArgs<scalar_t, acc_t>& args, TileRows<acc_t>& rows) {
   const acc_t num_classes = args.num_classes();
   const GroupDivisors divisors = args.divisors();
   const auto inlier_divisor = static_cast<acc_t>(divisors.inliers);
@@ -132,16 +131,26 @@ void restore_rows(const BackwardArgs<scalar_t, acc_t>& args, TileRows<acc_t>& ro
   with_smoothing(args, rows, [&](auto smoothed) {
     for (int64_t i = 0; i < rows.size; ++i) {
       if (rows.active[i] == acc_t(0)) {
-        rows.max[i] = rows.factor[i] = rows.offset[i] = rows.at_label[i] = 0;
+        rows.factor[i] = rows.offset[i] = rows.at_label[i] = 0;
         continue;
       }
-      rows.max[i] = args.row_max[rows.first + i];
-      rows.sum_exp[i] = args.row_sum_exp[rows.first + i];
       set_gradient(rows, i, smoothed(i), args.grad[rows.first + i], inlier_divisor, outlier_divisor,
                    num_classes);
     }
   });
   spread_offsets(args, rows);
+}
+
+// Loads the statistics that the forward saved, and sets the coefficients of the gradients.
+template <typename scalar_t, typename acc_t>
+void restore_rows(const BackwardArgs<scalar_t, acc_t>& args, TileRows<acc_t>& rows) {
+  clear_statistics(rows);
+  for (int64_t i = 0; i < rows.size; ++i) {
+    const bool active = rows.active[i] != acc_t(0);
+    rows.max[i] = active ? args.row_max[rows.first + i] : acc_t(0);
+    rows.sum_exp[i] = active ? args.row_sum_exp[rows.first + i] : acc_t(0);
+  }
+  set_gradients(args, rows);
 }
 
 }  // namespace

@@ -14,29 +14,29 @@ constexpr int kIgnored = -2;  // or a padding row
 // up to a multiple of kTileRowsStep; their results are not written to any tensor.
 template <typename acc_t>
 struct TileRows {
-  TileRows(const Tiling& tiling, int64_t tile)
-      : first(tiling.begin(tile)),
-        size(tiling.size(tile)),
+  TileRows(int64_t first, int64_t size)
+      : first(first),
+        size(size),
         padded((size + kTileRowsStep - 1) / kTileRowsStep * kTileRowsStep) {}
 
   int64_t first;                                 // index of the first row
   int64_t size;                                  // rows
   int64_t padded;                                // with padding rows
-  alignas(64) IntOf<acc_t> label[kMaxTileRows];  // a class, kOutlier or kIgnored
-  alignas(64) IntOf<acc_t> place[kMaxTileRows];  // index of the label among a tile's classes
-  alignas(64) acc_t weight[kMaxTileRows];
+  alignas(64) IntOf<acc_t> label[kRowCapacity];  // a class, kOutlier or kIgnored
+  alignas(64) IntOf<acc_t> place[kRowCapacity];  // index of the label among a tile's classes
+  alignas(64) acc_t weight[kRowCapacity];
   // Not 0: the logits are needed; from finish_rows() on, for the gradient.
-  alignas(64) acc_t active[kMaxTileRows];
-  alignas(64) acc_t max[kMaxTileRows];
-  alignas(64) acc_t sum_exp[kMaxTileRows];
-  alignas(64) acc_t sum_shifted[kMaxTileRows];
+  alignas(64) acc_t active[kRowCapacity];
+  alignas(64) acc_t max[kRowCapacity];
+  alignas(64) acc_t sum_exp[kRowCapacity];
+  alignas(64) acc_t sum_shifted[kRowCapacity];
   // The logit at the label; from finish_rows() on, what the gradient subtracts there.
-  alignas(64) acc_t at_label[kMaxTileRows];
-  alignas(64) acc_t factor[kMaxTileRows];  // of the gradient
-  alignas(64) acc_t offset[kMaxTileRows];
+  alignas(64) acc_t at_label[kRowCapacity];
+  alignas(64) acc_t factor[kRowCapacity];  // of the gradient
+  alignas(64) acc_t offset[kRowCapacity];
   // With a class_spread: the weight of the label's class; from finish_rows() on, what the gradient
   // subtracts from each exponential, times the spread.
-  alignas(64) acc_t at_classes[kMaxTileRows];
+  alignas(64) acc_t at_classes[kRowCapacity];
   bool all_active;
 
   OE_EXT_INLINE RowCoefficients<acc_t> coefficients(int64_t i, Smoothed<acc_t> smoothed) const {
@@ -124,7 +124,7 @@ TaskResult classify(const Label* labels, const LabelRule& rule, int64_t size, In
   return result;
 }
 
-// Writes the class weight of each inlier among at most kMaxTileRows classes from classify(), and 0
+// Writes the class weight of each inlier among at most kRowCapacity classes from classify(), and 0
 // for the others; returns their sum. The first loop loads from a table one by one and has no
 // branch, which random labels would mispredict; the second is made of vectors.
 template <typename Int, typename acc_t>
@@ -142,16 +142,22 @@ double weigh_inliers(const Int* classes, int64_t size, const acc_t* class_weight
   return sum;
 }
 
-// Reads the labels and weights of a tile; returns its counts, or its first illegal label.
-template <typename Args, typename acc_t>
-TaskResult read_labels(const Args& args, bool wants_cross_entropy, TileRows<acc_t>& rows) {
-  TaskResult result = with_label_type(args.labels.type, args.labels.data, [&](const auto* labels) {
-    return classify(labels + rows.first, args.labels.rule, rows.size, rows.label);
+// Reads the labels of `size` rows, as classify() writes them; returns their counts, or the first
+// illegal label.
+template <typename Int>
+TaskResult read_classes(const Labels& labels, int64_t first, int64_t size, Int* classes) {
+  TaskResult result = with_label_type(labels.type, labels.data, [&](const auto* stored) {
+    return classify(stored + first, labels.rule, size, classes);
   });
   if (result.bad_row >= 0) {
-    result.bad_row += rows.first;
-    return result;
+    result.bad_row += first;
   }
+  return result;
+}
+
+// Sets the weights of a tile's rows, whose labels are known.
+template <typename Args, typename acc_t>
+void weigh_rows(const Args& args, bool wants_cross_entropy, TileRows<acc_t>& rows) {
   std::fill(rows.label + rows.size, rows.label + rows.padded, kIgnored);
   std::fill_n(rows.weight, rows.padded, args.alpha.value);
   if (args.alpha.values.data != nullptr) {
@@ -173,7 +179,7 @@ TaskResult read_labels(const Args& args, bool wants_cross_entropy, TileRows<acc_
   }
   rows.all_active = num_active >= rows.size;
   if (args.class_weights.data != nullptr) {
-    alignas(64) acc_t weights[kMaxTileRows];
+    alignas(64) acc_t weights[kRowCapacity];
     weigh_inliers(rows.label, rows.size, args.class_weights.data, weights);
     const bool spreads = args.class_spread != nullptr;
     const SpreadSmoothing<acc_t> spread = args.spread_smoothing;
@@ -183,6 +189,15 @@ TaskResult read_labels(const Args& args, bool wants_cross_entropy, TileRows<acc_
       rows.weight[i] = select(rows.label[i] >= 0, of_inlier, rows.weight[i]);
       rows.at_classes[i] = weights[i];
     }
+  }
+}
+
+// Reads the labels and weights of a tile; returns its counts, or its first illegal label.
+template <typename Args, typename acc_t>
+TaskResult read_labels(const Args& args, bool wants_cross_entropy, TileRows<acc_t>& rows) {
+  const TaskResult result = read_classes(args.labels, rows.first, rows.size, rows.label);
+  if (result.bad_row < 0) {
+    weigh_rows(args, wants_cross_entropy, rows);
   }
   return result;
 }

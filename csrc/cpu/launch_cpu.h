@@ -2,7 +2,7 @@
 // label, or -1.
 #pragma once
 
-#include "../core/kernel_args.h"
+#include "../core/upsampled_args.h"
 
 namespace oe_ext::cpu {
 
@@ -14,5 +14,12 @@ int64_t forward(const ForwardArgs<scalar_t, acc_t>& args);
 
 template <typename scalar_t, typename acc_t>
 int64_t backward(const BackwardArgs<scalar_t, acc_t>& args);
+
+// The same for upsampled logits.
+template <typename scalar_t, typename acc_t>
+int64_t forward(const UpsampledForwardArgs<scalar_t, acc_t>& args);
+
+template <typename scalar_t, typename acc_t>
+int64_t backward(const UpsampledBackwardArgs<scalar_t, acc_t>& args);
 
 }  // namespace oe_ext::cpu

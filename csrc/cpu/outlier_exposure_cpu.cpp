@@ -1,5 +1,5 @@
 // The operators of the CPU backend.
-#include "../ops/outlier_exposure_backend.h"
+#include "../ops/upsampled_outlier_exposure_backend.h"
 #include "launch_cpu.h"
 
 namespace oe_ext {
@@ -8,19 +8,22 @@ namespace {
 struct CpuBackend {
   static constexpr bool kSpreadsSmoothing = true;
 
-  template <typename scalar_t, typename acc_t>
-  static int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
+  template <typename Args>
+  static int64_t forward(const Args& args) {
     return cpu::forward(args);
   }
 
-  template <typename scalar_t, typename acc_t>
-  static int64_t backward(const BackwardArgs<scalar_t, acc_t>& args) {
+  template <typename Args>
+  static int64_t backward(const Args& args) {
     return cpu::backward(args);
   }
 };
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(oe_ext, CPU, m) { register_backend<CpuBackend>(m); }
+TORCH_LIBRARY_IMPL(oe_ext, CPU, m) {
+  register_backend<CpuBackend>(m);
+  register_upsampled_backend<CpuBackend>(m);
+}
 
 }  // namespace oe_ext

@@ -14,6 +14,7 @@
 #include "finish_rows.h"
 #include "long_rows.h"
 #include "tile_rows.h"
+#include "upsampled_bands.h"
 
 namespace oe_ext::cpu {
 namespace {
@@ -131,7 +132,7 @@ void forward_in_chunks(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& t
 template <typename scalar_t, typename acc_t>
 TaskResult forward_tile(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                         int64_t tile, const GroupDivisors& divisors, acc_t* scratch) {
-  TileRows<acc_t> rows(tiling, tile);
+  TileRows<acc_t> rows(tiling.begin(tile), tiling.size(tile));
   TaskResult result = read_labels(args, args.row_cross_entropy != nullptr, rows);
   if (result.bad_row >= 0) {
     return result;
@@ -151,7 +152,7 @@ TaskResult forward_tile(const ForwardArgs<scalar_t, acc_t>& args, const Tiling& 
 template <typename scalar_t, typename acc_t>
 TaskResult backward_tile(const BackwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                          int64_t tile, acc_t* scratch) {
-  TileRows<acc_t> rows(tiling, tile);
+  TileRows<acc_t> rows(tiling.begin(tile), tiling.size(tile));
   const TaskResult result = read_labels(args, false, rows);
   if (result.bad_row >= 0) {
     return result;
@@ -167,7 +168,9 @@ TaskResult backward_tile(const BackwardArgs<scalar_t, acc_t>& args, const Tiling
 
 template <typename scalar_t, typename acc_t>
 constexpr TileKernels<scalar_t, acc_t> tile_kernels() {
-  return {&count_rows<acc_t>, &forward_tile<scalar_t, acc_t>, &backward_tile<scalar_t, acc_t>};
+  return {&count_rows<acc_t>, &forward_tile<scalar_t, acc_t>, &backward_tile<scalar_t, acc_t>,
+          &upsampled_band<UpsampledForwardArgs<scalar_t, acc_t>, acc_t>,
+          &upsampled_band<UpsampledBackwardArgs<scalar_t, acc_t>, acc_t>};
 }
 
 constexpr Kernels make_kernels() {

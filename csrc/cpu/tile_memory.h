@@ -10,6 +10,8 @@ namespace {
 // The logits or the gradients of a tile, in a tensor.
 template <typename T>
 struct TileView {
+  TileView(T* data, int64_t row_stride, int64_t class_stride)
+      : data(data), row_stride(row_stride), class_stride(class_stride) {}
   TileView(T* tensor, const RowLayout& layout, int64_t first_row)
       : data(tensor + layout.row_offset(first_row)),
         row_stride(layout.inner_stride),
@@ -101,25 +103,34 @@ void store_rows(const Tile<acc_t>& tile, int64_t num_rows, const TileView<scalar
   }
 }
 
-// Loads logits of any strides, as acc_t. Padding rows may hold any value.
+// Loads rows of logits of any strides, as acc_t.
+template <typename scalar_t, typename acc_t>
+void load_any_rows(const TileView<const scalar_t>& logits, int64_t num_rows,
+                   const Tile<acc_t>& tile) {
+  if (logits.class_stride == 1 && logits.row_stride != 1) {
+    load_rows(logits, num_rows, tile);
+    return;
+  }
+  for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
+    const scalar_t* from = logits.data + cls * logits.class_stride;
+    acc_t* to = tile.of_class(cls);
+    if (logits.row_stride == 1) {
+      widen(from, num_rows, to);
+    } else {
+      for (int64_t i = 0; i < num_rows; ++i) {
+        to[i] = to_float(from[i * logits.row_stride]);
+      }
+    }
+  }
+}
+
+// Loads the logits of a tile. Padding rows may hold any value.
 template <typename scalar_t, typename acc_t>
 void load_tile(const TileView<const scalar_t>& logits, const TileRows<acc_t>& rows,
                const Tile<acc_t>& tile) {
-  if (logits.class_stride == 1 && logits.row_stride != 1) {
-    load_rows(logits, rows.size, tile);
-  } else {
-    for (int64_t cls = 0; cls < tile.num_classes; ++cls) {
-      const scalar_t* from = logits.data + cls * logits.class_stride;
-      acc_t* to = tile.of_class(cls);
-      if (logits.row_stride == 1) {
-        widen(from, rows.size, to);
-      } else {
-        for (int64_t i = 0; i < rows.size; ++i) {
-          to[i] = to_float(from[i * logits.row_stride]);
-        }
-      }
-      std::fill(to + rows.size, to + rows.padded, acc_t(0));
-    }
+  load_any_rows(logits, rows.size, tile);
+  for (int64_t cls = 0; cls < tile.num_classes && rows.size < rows.padded; ++cls) {
+    std::fill(tile.of_class(cls) + rows.size, tile.of_class(cls) + rows.padded, acc_t(0));
   }
 }
 

@@ -3,6 +3,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "../ops/outlier_exposure_backend.h"
+#include "../ops/upsampled_outlier_exposure_composed.h"
 #include "launch_cuda.h"
 
 namespace oe_ext {
@@ -35,6 +36,9 @@ struct CudaBackend {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(oe_ext, CUDA, m) { register_backend<CudaBackend>(m); }
+TORCH_LIBRARY_IMPL(oe_ext, CUDA, m) {
+  register_backend<CudaBackend>(m);
+  UpsampledKernels<ComposedUpsampling>::register_for(m);
+}
 
 }  // namespace oe_ext

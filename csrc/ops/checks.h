@@ -12,7 +12,7 @@
 #include <string_view>
 
 #include "../core/labels.h"
-#include "outlier_exposure.h"
+#include "upsampled_outlier_exposure.h"
 
 namespace oe_ext {
 
@@ -72,6 +72,13 @@ inline void check_dtypes(const at::Tensor& logits, const at::Tensor& target) {
                    label, label_advice(label));
 }
 
+inline void check_has_classes(const at::Tensor& logits, const at::Tensor& target) {
+  TORCH_CHECK_VALUE(logits.sym_size(1).sym_ne(0).expect_true(__FILE__, __LINE__),
+                    "outlier_exposure_loss: logits must have at least one class (axis 1), got "
+                    "logits of shape ",
+                    logits.sym_sizes(), " and target of shape ", target.sym_sizes());
+}
+
 inline void check_shapes(const at::Tensor& logits, const at::Tensor& target) {
   TORCH_CHECK_VALUE(logits.dim() >= 2,
                     "outlier_exposure_loss: logits must have shape [N, C] or [N, C, d1, ..., dk], "
@@ -88,12 +95,28 @@ inline void check_shapes(const at::Tensor& logits, const at::Tensor& target) {
     expected.erase(expected.begin() + 1);
     TORCH_CHECK_VALUE(false, "outlier_exposure_loss: target must have shape ",
                       c10::SymIntArrayRef(expected), " for logits of shape ", sizes,
-                      " (the class axis is 1), got ", target.sym_sizes());
+                      " (the class axis is 1), got ", target.sym_sizes(),
+                      logits.dim() == 4 && target.dim() == 3
+                          ? "; with upsample='bilinear', logits are first resized to the target"
+                          : "");
   }
-  TORCH_CHECK_VALUE(sizes[1].sym_ne(0).expect_true(__FILE__, __LINE__),
-                    "outlier_exposure_loss: logits must have at least one class (axis 1), got "
-                    "logits of shape ",
-                    sizes, " and target of shape ", target.sym_sizes());
+  check_has_classes(logits, target);
+}
+
+// Logits [N, C, h, w] and a target [N, H, W].
+inline void check_upsampled_shapes(const at::Tensor& logits, const at::Tensor& target) {
+  TORCH_CHECK_VALUE(
+      logits.dim() == 4 && target.dim() == 3 &&
+          logits.sym_size(0).sym_eq(target.sym_size(0)).expect_true(__FILE__, __LINE__),
+      "outlier_exposure_loss: upsample='bilinear' needs logits of shape [N, C, h, w] and a target "
+      "of shape [N, H, W], got logits of shape ",
+      logits.sym_sizes(), " and target of shape ", target.sym_sizes());
+  check_has_classes(logits, target);
+  TORCH_CHECK_VALUE(logits.sym_size(2).sym_ne(0).expect_true(__FILE__, __LINE__) &&
+                        logits.sym_size(3).sym_ne(0).expect_true(__FILE__, __LINE__),
+                    "outlier_exposure_loss: upsample='bilinear' needs logits of at least one row "
+                    "and column, got logits of shape ",
+                    logits.sym_sizes(), " and target of shape ", target.sym_sizes());
 }
 
 inline void check_same_device(const at::Tensor& logits, const at::Tensor& other,
@@ -170,7 +193,8 @@ inline void check_classes(const LossInputs& inputs) {
                     " on must be among num_classes, got ", *options.num_classes);
 }
 
-inline void check_inputs(const LossInputs& inputs) {
+template <typename CheckShapes>
+void check_inputs(const LossInputs& inputs, const CheckShapes& check_shapes) {
   check_dtypes(inputs.logits, inputs.target);
   check_shapes(inputs.logits, inputs.target);
   check_same_device(inputs.logits, inputs.target, "target");
@@ -178,6 +202,12 @@ inline void check_inputs(const LossInputs& inputs) {
   check_weight(inputs);
   check_label_smoothing(inputs);
   check_classes(inputs);
+}
+
+inline void check_inputs(const LossInputs& inputs) { check_inputs(inputs, check_shapes); }
+
+inline void check_upsampled_inputs(const UpsampledInputs& inputs) {
+  check_inputs(inputs.loss, check_upsampled_shapes);
 }
 
 // For weights on the CPU, float32 or float64.
@@ -250,11 +280,22 @@ inline void check_forward(const LossInputs& inputs, const OptionalTensor& counts
   }
 }
 
+// Checks the upstream gradient, and what a mean divides by.
+inline void check_upstream(const char* name, const at::Tensor& grad, const LossInputs& inputs,
+                           const at::Tensor& counts) {
+  const at::Tensor& target = inputs.target;
+  const bool is_scalar = inputs.options.reduction.is_scalar;
+  TORCH_CHECK(is_scalar ? grad.dim() == 0 : grad.sym_sizes().equals(target.sym_sizes()), name,
+              ": grad must have the shape of the loss, got ", grad.sym_sizes(),
+              " for target of shape ", target.sym_sizes());
+  check_same_device(inputs.logits, grad, "grad");
+  check_counts(name, inputs.logits, counts, is_scalar ? 2 : 0);
+}
+
 // Checks the arguments that the backward operator has beside the inputs of the loss.
 inline void check_backward(const at::Tensor& grad, const LossInputs& inputs,
                            const RowStatistics& statistics) {
   constexpr const char* kName = "_outlier_exposure_loss_backward";
-  const auto& [logits, target, alpha_tensor, weight, options] = inputs;
   const auto check_row_statistic = [&](const at::Tensor& values, std::string_view name) {
     TORCH_CHECK(values.scalar_type() == loss_dtype(inputs.logits) &&
                     values.sym_sizes().equals(inputs.target.sym_sizes()),
@@ -265,12 +306,7 @@ inline void check_backward(const at::Tensor& grad, const LossInputs& inputs,
   };
   check_row_statistic(statistics.row_max, "row_max");
   check_row_statistic(statistics.row_sum_exp, "row_sum_exp");
-  const bool is_scalar = options.reduction.is_scalar;
-  TORCH_CHECK(is_scalar ? grad.dim() == 0 : grad.sym_sizes().equals(target.sym_sizes()), kName,
-              ": grad must have the shape of the loss, got ", grad.sym_sizes(),
-              " for target of shape ", target.sym_sizes());
-  check_same_device(logits, grad, "grad");
-  check_counts(kName, logits, statistics.counts, is_scalar ? 2 : 0);
+  check_upstream(kName, grad, inputs, statistics.counts);
 }
 
 inline void check_unit_gradient(const at::Tensor& unit_gradient, const LossInputs& inputs) {

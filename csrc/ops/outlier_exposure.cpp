@@ -131,10 +131,6 @@ struct BatchedKernels {
   }
 };
 
-OptionalSymInt symbolic(const std::optional<int64_t>& label) {
-  return label.has_value() ? OptionalSymInt(*label) : std::nullopt;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(oe_ext, FuncTorchBatched, m) {

@@ -49,6 +49,10 @@ struct LossOptions {
   bool is_part() const { return num_classes.has_value(); }
 };
 
+inline OptionalSymInt symbolic(const std::optional<int64_t>& label) {
+  return label.has_value() ? OptionalSymInt(*label) : std::nullopt;
+}
+
 // The inputs of the loss, as references to the caller's tensors.
 struct LossInputs {
   const at::Tensor& logits;

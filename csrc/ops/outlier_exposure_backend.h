@@ -75,12 +75,12 @@ class RowVector {
   int64_t stride_;
 };
 
-// The inputs of the loss as the kernels read them, in both directions. Keeps the tensors alive.
-class KernelInputs {
+// The inputs of the loss but the logits, as the kernels read them in both directions. Keeps the
+// tensors alive.
+class RowOptions {
  public:
-  KernelInputs(const LossInputs& inputs, const OptionalTensor& counts, bool spreads_smoothing)
-      : logits_(rows_to_read(inputs.logits)),
-        target_(inputs.target.contiguous()),
+  RowOptions(const LossInputs& inputs, const OptionalTensor& counts, bool spreads_smoothing)
+      : target_(inputs.target.contiguous()),
         labels_(make_labels(target_, inputs)),
         alpha_(inputs.options.alpha),
         label_smoothing_(inputs.options.label_smoothing),
@@ -103,8 +103,6 @@ class KernelInputs {
 
   template <typename scalar_t, typename acc_t>
   void fill(RowArgs<scalar_t, acc_t>& args) const {
-    args.layout = logits_.layout;
-    args.logits = logits_.tensor.template const_data_ptr<scalar_t>();
     args.labels = labels_;
     args.alpha.value = static_cast<acc_t>(alpha_);
     if (alphas_.has_value()) {
@@ -136,7 +134,6 @@ class KernelInputs {
     }
   }
 
-  RowView logits_;
   at::Tensor target_;
   Labels labels_;
   double alpha_;
@@ -147,6 +144,25 @@ class KernelInputs {
   double label_smoothing_;
   DivisorRule divisor_rule_;
   at::Tensor counts_;
+};
+
+class KernelInputs {
+ public:
+  KernelInputs(const LossInputs& inputs, const OptionalTensor& counts, bool spreads_smoothing)
+      : logits_(rows_to_read(inputs.logits)), options_(inputs, counts, spreads_smoothing) {}
+
+  const Labels& labels() const { return options_.labels(); }
+
+  template <typename scalar_t, typename acc_t>
+  void fill(RowArgs<scalar_t, acc_t>& args) const {
+    args.layout = logits_.layout;
+    args.logits = logits_.tensor.template const_data_ptr<scalar_t>();
+    options_.fill(args);
+  }
+
+ private:
+  RowView logits_;
+  RowOptions options_;
 };
 
 // A gradient of the logits that the kernels write, directly or through a buffer.

@@ -85,6 +85,29 @@ TEST(OutlierExposureLoss, TensorAlphaHasAGradient) {
   }
 }
 
+TEST(OutlierExposureLoss, UpsampledLogits) {
+  auto logits = torch::randn({2, 5, 3, 4}, torch::dtype(torch::kDouble).requires_grad(true));
+  const auto target = torch::randint(-2, 5, {2, 9, 16}, torch::kLong);
+  const auto alpha = torch::tensor(0.3, torch::kDouble);
+  for (const bool align_corners : {false, true}) {
+    const auto full = F::interpolate(logits, F::InterpolateFuncOptions()
+                                                 .size(std::vector<int64_t>{9, 16})
+                                                 .mode(torch::kBilinear)
+                                                 .align_corners(align_corners));
+    const auto theirs = expected_loss(full, target, {});
+    const auto their_grad = torch::autograd::grad({theirs}, {logits})[0];
+    for (const auto& ours :
+         {oe_ext::upsampled_outlier_exposure_loss(logits, target, 0.3, "mean", std::nullopt,
+                                                  std::nullopt, align_corners),
+          oe_ext::upsampled_outlier_exposure_loss(logits, target, alpha, "mean", std::nullopt,
+                                                  std::nullopt, align_corners)}) {
+      expect_equal(ours, theirs, 1e-12);
+      expect_equal(torch::autograd::grad({ours}, {logits})[0], their_grad, 1e-14);
+    }
+  }
+  EXPECT_THROW(oe_ext::upsampled_outlier_exposure_loss(logits[0], target), c10::ValueError);
+}
+
 TEST(OutlierExposureLoss, Errors) {
   const auto logits = torch::randn({4, 3});
   const auto target = torch::zeros({4}, torch::kLong);

@@ -274,8 +274,10 @@ def test_opcheck(device, shape, dtype, reduction):
 
 
 def test_opcheck_knows_every_operator():
-    """test_opcheck covers all registered operators."""
+    """test_opcheck covers all registered operators but those of upsampled logits, which
+    ops/test_upsampled_transformed.py covers."""
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("oe_ext::")}
+    names = {name for name in names if "upsampled" not in name}
     public = torch.ops.oe_ext.outlier_exposure_loss
     checked = [public.default, public.tensor_alpha]
     checked += [packet.default for packet in (FORWARD, BACKWARD, BACKWARD_FROM_UNIT)]

@@ -11,6 +11,10 @@ OPERATORS = [
     "oe_ext::_outlier_exposure_loss_forward",
     "oe_ext::_outlier_exposure_loss_backward",
     "oe_ext::_outlier_exposure_loss_backward_from_unit",
+    "oe_ext::upsampled_outlier_exposure_loss",
+    "oe_ext::upsampled_outlier_exposure_loss.tensor_alpha",
+    "oe_ext::_upsampled_outlier_exposure_loss_forward",
+    "oe_ext::_upsampled_outlier_exposure_loss_backward",
 ]
 
 
@@ -40,4 +44,19 @@ def test_the_public_schema():
         "oe_ext::outlier_exposure_loss.tensor_alpha(Tensor logits, Tensor target, Tensor alpha, "
         'str reduction="mean", *, SymInt? ignore_index=None, SymInt? ood_index=None, '
         "Tensor? weight=None, float label_smoothing=0.) -> Tensor"
+    )
+
+
+def test_the_public_schema_of_upsampled_logits():
+    operator = torch.ops.oe_ext.upsampled_outlier_exposure_loss
+    assert str(operator.default._schema) == (
+        "oe_ext::upsampled_outlier_exposure_loss(Tensor logits, Tensor target, float alpha=0.5, "
+        'str reduction="mean", *, SymInt? ignore_index=None, SymInt? ood_index=None, '
+        "bool align_corners=False, Tensor? weight=None, float label_smoothing=0.) -> Tensor"
+    )
+    assert str(operator.tensor_alpha._schema) == (
+        "oe_ext::upsampled_outlier_exposure_loss.tensor_alpha(Tensor logits, Tensor target, "
+        'Tensor alpha, str reduction="mean", *, SymInt? ignore_index=None, '
+        "SymInt? ood_index=None, bool align_corners=False, Tensor? weight=None, "
+        "float label_smoothing=0.) -> Tensor"
     )

@@ -39,4 +39,19 @@ __attribute__((visibility("default"))) at::Tensor outlier_exposure_loss(
     std::optional<int64_t> ood_index = std::nullopt,
     const std::optional<at::Tensor>& weight = std::nullopt, double label_smoothing = 0.0);
 
+// The loss of the logits [N, C, h, w] of a segmentation network, as if they were interpolated to
+// the size of a target [N, H, W], bilinearly as torch.nn.functional.interpolate does; on the CPU
+// without logits of that size. Also throws c10::ValueError for other ranks.
+__attribute__((visibility("default"))) at::Tensor upsampled_outlier_exposure_loss(
+    const at::Tensor& logits, const at::Tensor& target, double alpha = 0.5,
+    std::string_view reduction = "mean", std::optional<int64_t> ignore_index = std::nullopt,
+    std::optional<int64_t> ood_index = std::nullopt, bool align_corners = false,
+    const std::optional<at::Tensor>& weight = std::nullopt, double label_smoothing = 0.0);
+
+__attribute__((visibility("default"))) at::Tensor upsampled_outlier_exposure_loss(
+    const at::Tensor& logits, const at::Tensor& target, const at::Tensor& alpha,
+    std::string_view reduction = "mean", std::optional<int64_t> ignore_index = std::nullopt,
+    std::optional<int64_t> ood_index = std::nullopt, bool align_corners = false,
+    const std::optional<at::Tensor>& weight = std::nullopt, double label_smoothing = 0.0);
+
 }  // namespace oe_ext
