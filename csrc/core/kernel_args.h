@@ -130,8 +130,10 @@ struct RowArgs {
   // `divisor`: of the row's group.
   C10_HOST_DEVICE GradientCoefficients<acc_t> gradient_coefficients(
       const RowCoefficients<acc_t>& row, acc_t sum_exp, acc_t upstream, acc_t divisor) const {
-    return GradientCoefficients<acc_t>::of_row(row, sum_exp, row.weight * upstream / divisor,
-                                               num_classes());
+    using Coefficients = GradientCoefficients<acc_t>;
+    const acc_t scale = row.weight * upstream / divisor;
+    return Coefficients::of_row(row, sum_exp, scale,
+                                Coefficients::uniform_of(row.uniform, scale, num_classes()));
   }
 };
 

@@ -117,12 +117,17 @@ struct GradientCoefficients {
   acc_t offset = 0;
   acc_t at_label = 0;
 
-  // `scale`: weight * upstream gradient / divisor of the reduction.
+  // `scale`: weight * upstream gradient / divisor of the reduction. `uniform`: what of that each
+  // class gets of the uniform part of q, see uniform_of().
   C10_HOST_DEVICE static GradientCoefficients of_row(RowCoefficients<acc_t> row, acc_t sum_exp,
-                                                     acc_t scale, acc_t num_classes) {
+                                                     acc_t scale, acc_t uniform) {
     const bool has_uniform = row.counts & (row.uniform != acc_t(0));
-    return {select(row.counts, scale / sum_exp, acc_t(0)),
-            select(has_uniform, scale * row.uniform / num_classes, acc_t(0)), row.label * sum_exp};
+    return {select(row.counts, scale / sum_exp, acc_t(0)), select(has_uniform, uniform, acc_t(0)),
+            row.label * sum_exp};
+  }
+
+  C10_HOST_DEVICE static acc_t uniform_of(acc_t uniform, acc_t scale, acc_t num_classes) {
+    return scale * uniform / num_classes;
   }
 
   C10_HOST_DEVICE acc_t operator()(acc_t exp_shifted, bool is_label) const {

@@ -37,15 +37,36 @@ OE_EXT_INLINE void with_smoothing(const Args& args, const TileRows<acc_t>& rows,
   }
 }
 
-// Sets the coefficients of a row's gradient for a given upstream gradient.
+// What rows of one kind have in common: a scale of the gradient, and the uniform part of it.
 template <typename acc_t>
-OE_EXT_INLINE void set_gradient(TileRows<acc_t>& rows, int64_t i, Smoothed<acc_t> smoothed,
-                                acc_t upstream, acc_t inlier_divisor, acc_t outlier_divisor,
-                                acc_t num_classes) {
+struct RowScale {
+  acc_t scale;
+  acc_t uniform;
+
+  OE_EXT_INLINE static RowScale of(acc_t weight, acc_t uniform, acc_t upstream, acc_t divisor,
+                                   acc_t num_classes) {
+    const acc_t scale = weight * upstream / divisor;
+    return {scale, GradientCoefficients<acc_t>::uniform_of(uniform, scale, num_classes)};
+  }
+};
+
+// The scale of any row.
+template <typename acc_t>
+OE_EXT_INLINE RowScale<acc_t> scale_of(const TileRows<acc_t>& rows, int64_t i,
+                                       Smoothed<acc_t> smoothed, acc_t upstream,
+                                       acc_t inlier_divisor, acc_t outlier_divisor,
+                                       acc_t num_classes) {
   const auto row = rows.coefficients(i, smoothed);
   const acc_t divisor = select(rows.label[i] == kOutlier, outlier_divisor, inlier_divisor);
+  return RowScale<acc_t>::of(row.weight, row.uniform, upstream, divisor, num_classes);
+}
+
+// Sets the coefficients of a row's gradient.
+template <typename acc_t>
+OE_EXT_INLINE void set_gradient(TileRows<acc_t>& rows, int64_t i, Smoothed<acc_t> smoothed,
+                                RowScale<acc_t> scale) {
   const auto gradient = GradientCoefficients<acc_t>::of_row(
-      row, rows.sum_exp[i], row.weight * upstream / divisor, num_classes);
+      rows.coefficients(i, smoothed), rows.sum_exp[i], scale.scale, scale.uniform);
   rows.factor[i] = gradient.factor;
   rows.offset[i] = gradient.offset;
   rows.at_label[i] = gradient.at_label;
@@ -75,7 +96,7 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const GroupDivisors& 
   if (args.labels.rule.num_classes > args.layout.num_classes) {
     skip_labels_elsewhere(args.layout.num_classes, rows);
   }
-  with_smoothing(args, rows, [&](auto smoothed) {
+  const auto finish = [&](auto smoothed, auto scale) {
 #pragma omp simd
     for (int64_t i = 0; i < rows.padded; ++i) {
       const auto row_loss =
@@ -83,7 +104,26 @@ void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const GroupDivisors& 
                                  rows.at_label[i] - rows.max[i], rows.sum_shifted[i] / num_classes);
       loss[i] = row_loss.loss;
       cross_entropy[i] = row_loss.cross_entropy;
-      set_gradient(rows, i, smoothed(i), acc_t(1), inlier_divisor, outlier_divisor, num_classes);
+      set_gradient(rows, i, smoothed(i), scale(i));
+    }
+  };
+  with_smoothing(args, rows, [&](auto smoothed) {
+    if (args.class_weights.data == nullptr && args.alpha.values.data == nullptr) {
+      // All rows of a kind have the same scale: two divisions less a row, of five.
+      const auto inlier = RowScale<acc_t>::of(acc_t(1), args.label_smoothing, acc_t(1),
+                                              inlier_divisor, num_classes);
+      const auto outlier =
+          RowScale<acc_t>::of(args.alpha.value, acc_t(1), acc_t(1), outlier_divisor, num_classes);
+      finish(smoothed, [&rows, inlier, outlier](int64_t i) {
+        const bool is_inlier = rows.label[i] >= 0;
+        return RowScale<acc_t>{select(is_inlier, inlier.scale, outlier.scale),
+                               select(is_inlier, inlier.uniform, outlier.uniform)};
+      });
+    } else {
+      finish(smoothed, [&, smoothed](int64_t i) {
+        return scale_of(rows, i, smoothed(i), acc_t(1), inlier_divisor, outlier_divisor,
+                        num_classes);
+      });
     }
   });
   spread_offsets(args, rows);
@@ -134,8 +174,9 @@ void set_gradients(const BackwardArgs<scalar_t, acc_t>& args, TileRows<acc_t>& r
         rows.factor[i] = rows.offset[i] = rows.at_label[i] = 0;
         continue;
       }
-      set_gradient(rows, i, smoothed(i), args.grad[rows.first + i], inlier_divisor, outlier_divisor,
-                   num_classes);
+      set_gradient(rows, i, smoothed(i),
+                   scale_of(rows, i, smoothed(i), args.grad[rows.first + i], inlier_divisor,
+                            outlier_divisor, num_classes));
     }
   });
   spread_offsets(args, rows);

@@ -13,60 +13,63 @@ template <typename Segment, typename acc_t>
 struct FromEnds {
   using Powers = typename Segment::template Powers<acc_t>;
 
-  // Adds the exponentials of kCount classes to the sums of pixels.
-  template <int kCount>
-  OE_EXT_INLINE static void add_classes(Line<acc_t> line, const acc_t* exps, int64_t stride,
-                                        acc_t* sums) {
-    const acc_t* second = exps + line.second_end;
-#pragma omp simd
-    for (int64_t i = 0; i < line.padded; ++i) {
-#pragma GCC unroll 2
-      for (int cls = 0; cls < kCount; ++cls) {
-        const Powers powers(exps[cls * stride + i], second[cls * stride + i]);
-        powers.add_to(sums + i, line.padded);
-      }
-    }
-  }
-
-  // Sets the ends of segments, but for the last ones, and the sums of pixels. The exponentials of
-  // two classes are computed before those of the two before are used: to load what has just been
-  // stored, at other boundaries, takes long.
+  // Sets the ends of segments, but for the last ones, and the sums of pixels. A loop of its own
+  // adds up: to load what has just been stored, at other boundaries, takes long. The sums of a few
+  // lanes stay in registers for all classes.
   static void sum(Line<acc_t> line, int64_t num_classes, const StripMemory<acc_t>& memory,
                   acc_t* sums) {
-    std::fill_n(sums, Segment::kPixels * line.padded, acc_t(0));
-    int64_t cls = 0;
-    for (int64_t next = 0; cls + 2 <= num_classes; cls += 2) {
-      for (; next < std::min(cls + 4, num_classes); ++next) {
-        set_exponentials<Segment>(line, next, memory);
-      }
-      add_classes<2>(line, memory.end_exps(cls), memory.ends, sums);
+    for (int64_t cls = 0; cls < num_classes; ++cls) {
+      set_exponentials<Segment>(line, cls, memory);
     }
-    if (cls < num_classes) {
-      if (cls == 0) {
-        set_exponentials<Segment>(line, cls, memory);
+    for (int64_t first = 0; first < line.padded; first += kTileRowsStep) {
+      alignas(64) acc_t of_lanes[Segment::kPixels][kTileRowsStep] = {};
+      for (int64_t cls = 0; cls < num_classes; ++cls) {
+        const acc_t* exps = memory.end_exps(cls) + first;
+        const acc_t* second = exps + line.second_end;
+#pragma omp simd
+        for (int64_t i = 0; i < kTileRowsStep; ++i) {
+          Powers(exps[i], second[i]).add_to(&of_lanes[0][i], kTileRowsStep);
+        }
       }
-      add_classes<1>(line, memory.end_exps(cls), memory.ends, sums);
+      for (int k = 0; k < Segment::kPixels; ++k) {
+        std::copy_n(of_lanes[k], kTileRowsStep, sums + k * line.padded + first);
+      }
     }
   }
 
-  // Adds the gradient of one class: exponentials times factors, minus what stands at labels.
-  OE_EXT_INLINE static void add_gradient(Line<acc_t> line, int64_t cls, const acc_t* factors,
-                                         const TileRows<acc_t>&, const StripMemory<acc_t>& memory) {
-    const acc_t* exps = memory.end_exps(cls);
-    const acc_t* second = exps + line.second_end;
+  // Adds the gradients of some classes: exponentials times factors, minus what stands at labels.
+  // The factors of a few lanes stay in registers for all classes.
+  static void add_gradients(Line<acc_t> line, int64_t begin, int64_t end, const acc_t* factors,
+                            const TileRows<acc_t>&, const StripMemory<acc_t>& memory) {
+    constexpr int kFactors = Segment::kEnds * Segment::kPixels;
     const int64_t stride = memory.lanes;
-    acc_t* top = memory.top_gradient + memory.of_end(cls, 0);
-    acc_t* bottom = memory.bottom_gradient + memory.of_end(cls, 0);
-    acc_t* at_labels = memory.at_labels + memory.of_end(cls, 0);
+    for (int64_t first = 0; first < line.padded; first += kTileRowsStep) {
+      alignas(64) acc_t of_lanes[kFactors][kTileRowsStep];
+#pragma GCC unroll 8
+      for (int i = 0; i < kFactors; ++i) {
 #pragma omp simd
-    for (int64_t i = 0; i < line.padded; ++i) {
-      const Powers powers(exps[i], second[i]);
+        for (int64_t lane = 0; lane < kTileRowsStep; ++lane) {
+          of_lanes[i][lane] = factors[i * line.padded + first + lane];
+        }
+      }
+      for (int64_t cls = begin; cls < end; ++cls) {
+        const acc_t* exps = memory.end_exps(cls) + first;
+        const acc_t* second = exps + line.second_end;
+        acc_t* top = memory.top_gradient + memory.of_end(cls, 0) + first;
+        acc_t* bottom = memory.bottom_gradient + memory.of_end(cls, 0) + first;
+        acc_t* at_labels = memory.at_labels + memory.of_end(cls, 0) + first;
+#pragma omp simd
+        for (int64_t i = 0; i < kTileRowsStep; ++i) {
+          const Powers powers(exps[i], second[i]);
 #pragma GCC unroll 2
-      for (int end = 0; end < Segment::kEnds; ++end) {
-        const acc_t* of_end = factors + end * Segment::kPixels * line.padded + i;
-        const int64_t at = end * stride + i;
-        add_to_rows(line, powers.times(of_end, line.padded) - at_labels[at], top + at, bottom + at);
-        at_labels[at] = 0;
+          for (int side = 0; side < Segment::kEnds; ++side) {
+            const acc_t* of_side = &of_lanes[side * Segment::kPixels][i];
+            const int64_t at = side * stride + i;
+            add_to_rows(line, powers.times(of_side, kTileRowsStep) - at_labels[at], top + at,
+                        bottom + at);
+            at_labels[at] = 0;
+          }
+        }
       }
     }
   }
@@ -116,9 +119,15 @@ struct FromMaxima {
     }
   }
 
-  OE_EXT_INLINE static void add_gradient(Line<acc_t> line, int64_t cls, const acc_t* factors,
-                                         const TileRows<acc_t>& rows,
-                                         const StripMemory<acc_t>& memory) {
+  static void add_gradients(Line<acc_t> line, int64_t begin, int64_t end, const acc_t* factors,
+                            const TileRows<acc_t>& rows, const StripMemory<acc_t>& memory) {
+    for (int64_t cls = begin; cls < end; ++cls) {
+      add_gradient(line, cls, factors, rows, memory);
+    }
+  }
+
+  static void add_gradient(Line<acc_t> line, int64_t cls, const acc_t* factors,
+                           const TileRows<acc_t>& rows, const StripMemory<acc_t>& memory) {
     const acc_t* x = memory.end_x(cls);
     const acc_t* second = x + line.second_end;
     for (int end = 0; end < Segment::kEnds; ++end) {

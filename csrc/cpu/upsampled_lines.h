@@ -120,11 +120,10 @@ void add_gradients(Line<acc_t> line, int64_t num_classes, const StripMemory<acc_
   set_factors<Segment>(line, rows.factor, memory.factors);
   set_factors<Segment>(line, rows.offset, uniform_factors);
   set_label_parts<Segment>(line, num_classes, rows, memory);
-  for (int64_t cls = 0; cls < num_classes; ++cls) {
-    Exponentials::add_gradient(line, cls, memory.factors, rows, memory);
-  }
+  Exponentials::add_gradients(line, 0, num_classes, memory.factors, rows, memory);
   // Exponentials of 1, in the same order of additions: equal logits get a gradient of exactly 0.
-  FromEnds<Segment, acc_t>::add_gradient(line, num_classes, uniform_factors, rows, memory);
+  FromEnds<Segment, acc_t>::add_gradients(line, num_classes, num_classes + 1, uniform_factors, rows,
+                                          memory);
 }
 
 // One row of pixels in a strip, whose first pixel is `first` in the target; returns the first

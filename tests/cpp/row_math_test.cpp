@@ -193,8 +193,8 @@ TEST(RowLoss, WithoutWeight) {
     EXPECT_EQ(RowLoss<double>::of_row(inlier, 2, -1, -3).loss, 0.0);
     EXPECT_TRUE(std::isnan(RowLoss<double>::of_row(inlier, nan, nan, nan).loss));
     EXPECT_EQ(RowLoss<double>::of_row(outlier, nan, nan, nan).loss, 0.0);
-    const auto of_inlier = GradientCoefficients<double>::of_row(inlier, nan, 0, 3);
-    const auto of_outlier = GradientCoefficients<double>::of_row(outlier, nan, 0, 3);
+    const auto of_inlier = GradientCoefficients<double>::of_row(inlier, nan, 0, 0);
+    const auto of_outlier = GradientCoefficients<double>::of_row(outlier, nan, 0, 0);
     EXPECT_TRUE(std::isnan(of_inlier.factor));
     EXPECT_EQ(of_outlier.factor, 0.0);
     EXPECT_EQ(of_outlier.offset, 0.0);
@@ -208,8 +208,9 @@ TEST(GradientCoefficients, SoftmaxMinusQ) {
   // An inlier, an outlier, and inliers with smoothed labels.
   for (const RowCoefficients<double> row :
        {inlier_of(1.0, 0.0), outlier_of(0.5, 0.25), inlier_of(3.0, 0.25), inlier_of(3.0, 1.0)}) {
-    const auto gradient = GradientCoefficients<double>::of_row(row, stats.sum_exp, /*scale=*/2.0,
-                                                               /*num_classes=*/3);
+    using Coefficients = GradientCoefficients<double>;
+    const double uniform = Coefficients::uniform_of(row.uniform, /*scale=*/2.0, /*num_classes=*/3);
+    const auto gradient = Coefficients::of_row(row, stats.sum_exp, /*scale=*/2.0, uniform);
     for (int64_t cls = 0; cls < 3; ++cls) {
       const double softmax = std::exp(x[cls] - double(expected.logsumexp));
       const double q = (cls == 1 ? row.label : 0.0) + row.uniform / 3;
