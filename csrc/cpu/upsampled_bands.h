@@ -50,6 +50,7 @@ TaskResult process_band(const Args& args, const Upsampling<acc_t>& cuts, int64_t
     clear_gradient(args, cuts, image, band, partial);
   }
 
+  LaneRows<decltype(args.rows), acc_t> pixels(args.rows);
   TaskResult result;
   for (const Strip<acc_t>& strip : cuts.strips()) {
     const StripElements elements(strip, args.horizontal);
@@ -80,7 +81,7 @@ TaskResult process_band(const Args& args, const Upsampling<acc_t>& cuts, int64_t
         const int64_t first =
             (image * args.vertical.out + y) * args.horizontal.out + strip.first_pixel;
         const int64_t bad_row =
-            process_line<Segment>(args, strip, line, first, divisors, memory, result.sums);
+            process_line<Segment>(args, strip, line, first, divisors, memory, pixels, result.sums);
         if (bad_row >= 0 && (result.bad_row < 0 || bad_row < result.bad_row)) {
           result.bad_row = bad_row;
         }

@@ -6,39 +6,90 @@
 namespace oe_ext::cpu {
 namespace {
 
-// Values of pixels in the order of a tensor, and in that of lanes.
-template <typename acc_t>
-class PixelOrder {
+// Rows of pixels in the order of lanes: their labels, options and outputs, and buffers for what a
+// tensor has of each pixel.
+template <typename Rows, typename acc_t>
+class LaneRows {
  public:
-  PixelOrder(const Strip<acc_t>& strip, int64_t first) : strip_(strip), first_(first) {}
+  static constexpr bool kForward = requires(Rows rows) { rows.row_loss; };
+
+  explicit LaneRows(const Rows& tensors) : in_lanes(tensors), tensors_(tensors) {
+    point_to_buffer(in_lanes.alpha.values, alphas_);
+    if constexpr (kForward) {
+      acc_t** const outputs[] = {&in_lanes.row_loss, &in_lanes.row_cross_entropy, &in_lanes.row_max,
+                                 &in_lanes.row_sum_exp};
+      for (int i = 0; i < 4; ++i) {
+        *outputs[i] = *outputs[i] != nullptr ? outputs_[i] : nullptr;
+      }
+    } else {
+      point_to_buffer(in_lanes.grad, outputs_[0]);
+    }
+  }
+
+  // Reads the labels of a strip, whose first pixel is `first`, and what belongs to its pixels.
+  TaskResult read(const Strip<acc_t>& strip, int64_t first, bool wants_cross_entropy,
+                  TileRows<acc_t>& rows) {
+    alignas(64) IntOf<acc_t> labels[kRowCapacity];
+    const TaskResult result = read_classes(in_lanes.labels, first, strip.num_pixels, labels);
+    if (result.bad_row >= 0) {
+      return result;
+    }
+    std::fill_n(rows.label, rows.size, kIgnored);
+    to_lanes(strip, labels, rows.label);
+    read_buffer(strip, first, tensors_.alpha.values, alphas_);
+    if constexpr (!kForward) {
+      read_buffer(strip, first, tensors_.grad, outputs_[0]);
+    }
+    weigh_rows(in_lanes, wants_cross_entropy, rows);
+    return result;
+  }
+
+  // Writes the outputs of a strip to the tensors.
+  void write(const Strip<acc_t>& strip, int64_t first) const {
+    acc_t* const tensors[] = {tensors_.row_loss, tensors_.row_cross_entropy, tensors_.row_max,
+                              tensors_.row_sum_exp};
+    for (int i = 0; i < 4; ++i) {
+      if (tensors[i] != nullptr) {
+        to_pixels(strip, outputs_[i], tensors[i] + first);
+      }
+    }
+  }
 
   template <typename T, typename U>
-  void to_lanes(const T* pixels, U* lanes) const {
-    for (int64_t i = 0; i < strip_.num_pixels; ++i) {
-      lanes[strip_.place[i]] = pixels[i];
+  static void to_pixels(const Strip<acc_t>& strip, const T* lanes, U* pixels) {
+    for (int64_t i = 0; i < strip.num_pixels; ++i) {
+      pixels[i] = static_cast<U>(lanes[strip.place[i]]);
     }
   }
 
-  // If there is such a tensor: writes the values of this strip.
-  template <typename T, typename U>
-  void to_tensor(const T* lanes, U* tensor) const {
-    for (int64_t i = 0; tensor != nullptr && i < strip_.num_pixels; ++i) {
-      tensor[first_ + i] = static_cast<U>(lanes[strip_.place[i]]);
-    }
-  }
-
-  // If it has a value for each pixel: copies those of this strip to `lanes`, which take its place.
-  void replace(PerRow<acc_t>& tensor, acc_t* lanes) const {
-    if (tensor.data != nullptr && tensor.stride != 0) {
-      std::fill_n(lanes, kRowCapacity, acc_t(0));
-      to_lanes(tensor.data + first_, lanes);
-      tensor.data = lanes;
-    }
-  }
+  Rows in_lanes;
 
  private:
-  const Strip<acc_t>& strip_;
-  int64_t first_;
+  static bool has_pixels(const PerRow<acc_t>& values) {
+    return values.data != nullptr && values.stride != 0;
+  }
+  static void point_to_buffer(PerRow<acc_t>& values, acc_t* buffer) {
+    if (has_pixels(values)) {
+      std::fill_n(buffer, kRowCapacity, acc_t(0));
+      values.data = buffer;
+    }
+  }
+  static void read_buffer(const Strip<acc_t>& strip, int64_t first, const PerRow<acc_t>& values,
+                          acc_t* buffer) {
+    if (has_pixels(values)) {
+      to_lanes(strip, values.data + first, buffer);
+    }
+  }
+  template <typename T>
+  static void to_lanes(const Strip<acc_t>& strip, const T* pixels, T* lanes) {
+    for (int64_t i = 0; i < strip.num_pixels; ++i) {
+      lanes[strip.place[i]] = pixels[i];
+    }
+  }
+
+  const Rows& tensors_;
+  alignas(64) acc_t alphas_[kRowCapacity];
+  alignas(64) acc_t outputs_[4][kRowCapacity];  // or, of a backward, the upstream gradient
 };
 
 // Sums of exponentials that are smaller would have lost terms to underflow.
@@ -60,45 +111,31 @@ bool are_sums_safe(const TileRows<acc_t>& rows) {
   return num_unsafe == 0;
 }
 
-// Finishes the pixels of a strip from the sums of their exponentials, and writes their outputs.
-template <typename Segment, typename acc_t, typename scalar_t>
-void finish_pixels(const UpsampledForwardArgs<scalar_t, acc_t>& args,
-                   const ForwardArgs<acc_t, acc_t>& options, const PixelOrder<acc_t>& order,
-                   const GroupDivisors& divisors, Line<acc_t> line,
-                   const StripMemory<acc_t>& memory, TileRows<acc_t>& rows, GroupSums& sums) {
-  alignas(64) acc_t outputs[4][kRowCapacity];
-  ForwardArgs<acc_t, acc_t> to_lanes = options;
-  acc_t** const pointers[] = {&to_lanes.row_loss, &to_lanes.row_cross_entropy, &to_lanes.row_max,
-                              &to_lanes.row_sum_exp};
-  for (int i = 0; i < 4; ++i) {
-    *pointers[i] = *pointers[i] != nullptr ? outputs[i] : nullptr;
-  }
+// Finishes the pixels of a strip from the sums of their exponentials.
+template <typename Segment, typename acc_t, typename scalar_t, typename Rows>
+void finish_pixels(const UpsampledForwardArgs<scalar_t, acc_t>& args, const Strip<acc_t>& strip,
+                   int64_t first, const GroupDivisors& divisors, Line<acc_t> line,
+                   const StripMemory<acc_t>& memory, LaneRows<Rows, acc_t>& pixels,
+                   TileRows<acc_t>& rows, GroupSums& sums) {
   GroupSums of_line;
-  finish_rows(to_lanes, divisors, rows, of_line);
+  finish_rows(pixels.in_lanes, divisors, rows, of_line);
   sums.merge(of_line);
-  order.to_tensor(outputs[0], options.row_loss);
-  order.to_tensor(outputs[1], options.row_cross_entropy);
-  order.to_tensor(outputs[3], options.row_sum_exp);
-  order.to_tensor(memory.argmax, args.row_argmax);
-  if (options.row_max != nullptr) {
-    alignas(64) acc_t shift[kRowCapacity];
+  if (acc_t* max = pixels.in_lanes.row_max; max != nullptr) {
+    acc_t* shift = rows.sum_shifted;  // not needed any more
     interpolate_pixels<Segment>(line, memory.end_x(args.num_classes() + 1), shift);
     for (int64_t i = 0; i < rows.size; ++i) {
-      shift[i] += outputs[2][i];
+      max[i] += shift[i];
     }
-    order.to_tensor(shift, options.row_max);
+    pixels.to_pixels(strip, memory.argmax, args.row_argmax + first);
   }
+  pixels.write(strip, first);
 }
 
-template <typename Segment, typename acc_t, typename scalar_t>
-void finish_pixels(const UpsampledBackwardArgs<scalar_t, acc_t>&,
-                   const BackwardArgs<acc_t, acc_t>& options, const PixelOrder<acc_t>& order,
+template <typename Segment, typename acc_t, typename scalar_t, typename Rows>
+void finish_pixels(const UpsampledBackwardArgs<scalar_t, acc_t>&, const Strip<acc_t>&, int64_t,
                    const GroupDivisors&, Line<acc_t>, const StripMemory<acc_t>&,
-                   TileRows<acc_t>& rows, GroupSums&) {
-  alignas(64) acc_t upstream[kRowCapacity];
-  BackwardArgs<acc_t, acc_t> of_lanes = options;
-  order.replace(of_lanes.grad, upstream);
-  set_gradients(of_lanes, rows);
+                   LaneRows<Rows, acc_t>& pixels, TileRows<acc_t>& rows, GroupSums&) {
+  set_gradients(pixels.in_lanes, rows);
 }
 
 // The gradient of a single class is 0, or NaN: exactly, not but for roundings.
@@ -128,34 +165,25 @@ void add_gradients(Line<acc_t> line, int64_t num_classes, const StripMemory<acc_
 
 // One row of pixels in a strip, whose first pixel is `first` in the target; returns the first
 // illegal label, or -1.
-template <typename Segment, typename Args, typename acc_t>
+template <typename Segment, typename Args, typename Rows, typename acc_t>
 int64_t process_line(const Args& args, const Strip<acc_t>& strip, Line<acc_t> line, int64_t first,
                      const GroupDivisors& divisors, const StripMemory<acc_t>& memory,
-                     GroupSums& sums) {
+                     LaneRows<Rows, acc_t>& pixels, GroupSums& sums) {
   using Fast = FromEnds<Segment, acc_t>;
   using Careful = FromMaxima<Segment, acc_t>;
-  constexpr bool kForward = requires { args.rows.row_loss; };
   const int64_t num_classes = args.num_classes();
   bool wants_cross_entropy = false;
   bool wants_maxima = false;
-  if constexpr (kForward) {
+  if constexpr (LaneRows<Rows, acc_t>::kForward) {
     wants_cross_entropy = args.rows.row_cross_entropy != nullptr;
     wants_maxima = args.rows.row_max != nullptr;
   }
-  alignas(64) IntOf<acc_t> labels[kRowCapacity];
-  const TaskResult counted = read_classes(args.rows.labels, first, strip.num_pixels, labels);
-  if (counted.bad_row >= 0) {
-    return counted.bad_row;
-  }
-  sums.counts.merge(counted.sums.counts);
-  const PixelOrder<acc_t> order(strip, first);
   TileRows<acc_t> rows(0, Segment::kPixels * line.padded);
-  std::fill_n(rows.label, rows.size, kIgnored);
-  order.to_lanes(labels, rows.label);
-  alignas(64) acc_t alphas[kRowCapacity];
-  auto options = args.rows;
-  order.replace(options.alpha.values, alphas);
-  weigh_rows(options, wants_cross_entropy, rows);
+  const TaskResult labels = pixels.read(strip, first, wants_cross_entropy, rows);
+  if (labels.bad_row >= 0) {
+    return labels.bad_row;
+  }
+  sums.counts.merge(labels.sums.counts);
 
   bool is_safe = false;
   set_last_ends<Segment>(line, num_classes, memory);
@@ -181,7 +209,7 @@ int64_t process_line(const Args& args, const Strip<acc_t>& strip, Line<acc_t> li
       rows.sum_shifted[i] -= rows.max[i] * static_cast<acc_t>(num_classes);
     }
   }
-  finish_pixels<Segment>(args, options, order, divisors, line, memory, rows, sums);
+  finish_pixels<Segment>(args, strip, first, divisors, line, memory, pixels, rows, sums);
   if (args.rows.grad_logits != nullptr) {
     if (is_safe) {
       add_gradients<Fast, Segment>(line, num_classes, memory, rows);
