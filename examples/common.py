@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -113,11 +113,27 @@ def save_figure(figure: Figure, path: Path) -> None:
     print(f"wrote {path}")
 
 
-def timing_line(loss: OutlierExposureLoss, logits: Tensor, target: Tensor, pairs: int) -> str:
-    """Forward and backward of ``loss`` against the reference, on this machine, right now.
+def median_times(steps: Sequence[Callable[[], object]], num_rounds: int) -> list[float]:
+    """The seconds of each. They take turns, so that whatever else the machine does slows all."""
 
-    The two take turns, so that whatever else the machine does slows both.
-    """
+    def seconds(step: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    warm_up = 10
+    times = [[seconds(step) for step in steps] for _ in range(warm_up + num_rounds)][warm_up:]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory (Linux)."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
+
+
+def timing_line(loss: OutlierExposureLoss, logits: Tensor, target: Tensor, pairs: int) -> str:
+    """Forward and backward of ``loss`` against the reference, on this machine, right now."""
 
     def plain_torch(logits: Tensor, target: Tensor) -> Tensor:
         return reference.outlier_exposure_loss(
@@ -131,14 +147,10 @@ def timing_line(loss: OutlierExposureLoss, logits: Tensor, target: Tensor, pairs
 
     logits = logits.detach().requires_grad_()
 
-    def seconds(criterion: Callable[[Tensor, Tensor], Tensor]) -> float:
-        start = time.perf_counter()
-        torch.autograd.grad(criterion(logits, target), logits)
-        return time.perf_counter() - start
+    def gradient(criterion: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(criterion(logits, target), logits)
 
-    warm_up = 10
-    times = [(seconds(loss), seconds(plain_torch)) for _ in range(warm_up + pairs)][warm_up:]
-    ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    ours, theirs = median_times([gradient(loss), gradient(plain_torch)], pairs)
     threads = torch.get_num_threads()
     return (
         f"Timing: forward + backward on {logits.dtype} logits {list(logits.shape)}, "

@@ -7,6 +7,11 @@ the right half of each photograph. A small fully convolutional network is traine
 Exposure (OE) and without. Without OE, the initial weights, mosaics and loss are the same, but
 alpha = 0, so outlier pixels do not count.
 
+The network (segmentation_training.py) ends at a quarter of the resolution, and its loss
+interpolates the logits itself. For comparison, the same network is trained "unfused", with
+F.interpolate before the loss; the scores are the same but for roundings. At the end, the example
+measures the time and the memory of a training step with both.
+
     python examples/segment_textures.py [--seeds 3] [--out FOLDER] [--quick]
 """
 
@@ -27,31 +32,33 @@ from common import (
     parse_args,
     print_table,
     save_figure,
-    timing_line,
 )
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from segmentation_training import OUTLIER, VOID, Batch, Training, interpolate, print_costs
 from skimage import color, data, segmentation
 from torch import Tensor, nn
 from tqdm import tqdm
-
-from oe_ext import OutlierExposureLoss
 
 # All of these are files of the scikit-image wheel: nothing is downloaded.
 CLASSES = ("brick", "grass", "gravel")
 SHOWN = ("coins", "page", "astronaut", "moon")
 UNSEEN = ("chelsea", "immunohistochemistry", "coffee")
 
-# Label maps are uint8, as in a PNG file, so the special labels are large rather than negative.
-OUTLIER, VOID = 254, 255
-ALPHAS = {WITHOUT: 0.0, WITH: 0.5}
 SIZE = 96  # of a mosaic
 BATCH_SIZE = 8
 NUM_CELLS = 6  # textures in a mosaic
 OUTLIER_RATE = 0.25  # of the cells
-# The paper's objective: one mean over the inlier pixels, one over the outlier pixels.
-REDUCTION = "group_mean"
+
+
+class Method(NamedTuple):
+    alpha: float
+    fused: bool = True
+
+
+UNFUSED = "OE, unfused"
+METHODS = {WITHOUT: Method(0.0), WITH: Method(0.5), UNFUSED: Method(0.5, fused=False)}
 
 
 class Mosaics(NamedTuple):
@@ -111,58 +118,32 @@ def make_mosaics(
     return Mosaics(torch.from_numpy(images), torch.from_numpy(target))
 
 
-def make_network() -> nn.Module:
-    """Fully convolutional, at a quarter of the resolution; each output sees 55 x 55 pixels."""
-    layers: list[nn.Module] = []
-    # (channels in, out, stride, dilation)
-    for c_in, c_out, stride, dilation in (
-        (1, 16, 2, 1),
-        (16, 32, 2, 1),
-        (32, 32, 1, 1),
-        (32, 32, 1, 2),
-        (32, 32, 1, 3),
-    ):
-        layers += [
-            nn.Conv2d(c_in, c_out, 3, stride, padding=dilation, dilation=dilation, bias=False),
-            nn.BatchNorm2d(c_out),
-            nn.ReLU(),
-        ]
-    layers += [
-        nn.Conv2d(32, len(CLASSES), 1),
-        nn.Upsample(size=(SIZE, SIZE), mode="bilinear", align_corners=False),
-    ]
-    return nn.Sequential(*layers)
-
-
 def train(
     inliers: list[np.ndarray],
     outliers: list[np.ndarray],
-    alpha: float,
+    method: Method,
     seed: int,
     steps: int,
     progress: tqdm,
 ) -> nn.Module:
-    # The same weights and mosaics for every alpha.
+    # The same weights and mosaics for every method.
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    network = make_network()
-    criterion = OutlierExposureLoss(alpha, REDUCTION, ignore_index=VOID, ood_index=OUTLIER)
-    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    training = Training(len(CLASSES), method.alpha, method.fused)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        training.optimizer, max_lr=3e-3, total_steps=steps
+    )
     for _ in range(steps):
-        batch = make_mosaics(BATCH_SIZE, inliers, outliers, rng)
-        loss = criterion(network(batch.images), batch.target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        training.step(*make_mosaics(BATCH_SIZE, inliers, outliers, rng))
         schedule.step()
         progress.update()
-    return network.eval()
+    return training.network.eval()
 
 
 @torch.no_grad()
 def predict(network: nn.Module, mosaics: Mosaics) -> Tensor:
-    return torch.cat([network(images) for images in mosaics.images.split(BATCH_SIZE)])
+    logits = [network(images) for images in mosaics.images.split(BATCH_SIZE)]
+    return interpolate(torch.cat(logits), (SIZE, SIZE))
 
 
 def pixel_accuracy(logits: Tensor, target: Tensor) -> float:
@@ -188,7 +169,7 @@ def draw(mosaics: Mosaics, logits: dict[str, Tensor], num_rows: int = 4) -> Figu
 
     size = (10.6, 1.98 * len(chosen) + 1)
     figure, axes = plt.subplots(len(chosen), 5, figsize=size, squeeze=False, layout="constrained")
-    scores = {method: anomaly_score(logits[method]) for method in ALPHAS}
+    scores = {method: anomaly_score(logits[method]) for method in (WITHOUT, WITH)}
     style = {"cmap": ListedColormap(colors), "vmin": 0, "vmax": len(colors) - 1}
     for row, index in zip(axes, chosen, strict=True):
         target = mosaics.target[index].numpy()
@@ -196,14 +177,14 @@ def draw(mosaics: Mosaics, logits: dict[str, Tensor], num_rows: int = 4) -> Figu
         row[0].imshow(mosaics.images[index, 0], cmap="gray", vmin=-2.5, vmax=2.5)
         row[1].imshow(truth, interpolation="nearest", **style)
         row[2].imshow(logits[WITH][index].argmax(dim=0), interpolation="nearest", **style)
-        for ax, method in zip(row[3:], ALPHAS, strict=True):
+        for ax, method in zip(row[3:], scores, strict=True):
             heat = ax.imshow(scores[method][index], cmap="magma", vmin=0, vmax=1 - 1 / len(CLASSES))
             ax.contour(target == OUTLIER, levels=[0.5], colors="white", linewidths=0.9)
     titles = (
         "input",
         "ground truth",
         "predicted class, with OE",
-        *(f"anomaly score, {method}" for method in ALPHAS),
+        *(f"anomaly score, {method}" for method in scores),
     )
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=9)
@@ -237,17 +218,18 @@ def main() -> None:
     unseen = make_mosaics(num_test, test_inliers, unseen_outliers, np.random.default_rng(1000))
     shown = make_mosaics(num_test, test_inliers, test_outliers, np.random.default_rng(1001))
 
-    results: dict[str, list[Metrics]] = {method: [] for method in ALPHAS}
+    results: dict[str, list[Metrics]] = {method: [] for method in METHODS}
     logits: dict[str, Tensor] = {}  # on the never-shown test mosaics, of the last seed
-    with tqdm(total=args.seeds * len(ALPHAS) * steps, desc="training", mininterval=0.5) as progress:
+    total = args.seeds * len(METHODS) * steps
+    with tqdm(total=total, desc="training", mininterval=0.5) as progress:
         for seed in range(args.seeds):
-            for method, alpha in ALPHAS.items():
-                network = train(train_inliers, train_outliers, alpha, seed, steps, progress)
-                logits[method] = predict(network, unseen)
-                results[method].append(
+            for name, method in METHODS.items():
+                network = train(train_inliers, train_outliers, method, seed, steps, progress)
+                logits[name] = predict(network, unseen)
+                results[name].append(
                     {
-                        "accuracy, inlier pixels": pixel_accuracy(logits[method], unseen.target),
-                        **pixel_detection(logits[method], unseen.target, "never shown"),
+                        "accuracy, inlier pixels": pixel_accuracy(logits[name], unseen.target),
+                        **pixel_detection(logits[name], unseen.target, "never shown"),
                         **pixel_detection(predict(network, shown), shown.target, "shown"),
                     }
                 )
@@ -261,10 +243,9 @@ def main() -> None:
     print(f"\n{METRICS_NOTE}")
     print("shown: outliers cut from the other half of the photographs shown in training.\n")
     save_figure(draw(unseen, logits), args.out / "textures.png")
-    criterion = OutlierExposureLoss(ALPHAS[WITH], REDUCTION, ignore_index=VOID, ood_index=OUTLIER)
-    batch = Mosaics(unseen.images[:BATCH_SIZE], unseen.target[:BATCH_SIZE])
-    batch_logits = logits[WITH][:BATCH_SIZE]
-    print(timing_line(criterion, batch_logits, batch.target, pairs=20 if args.quick else 200))
+    # A step of this training, and one of the size of street scenes.
+    batches = [Batch(BATCH_SIZE, SIZE, len(CLASSES)), Batch(2, 512, 19)]
+    print_costs(batches, num_pairs=5 if args.quick else 30)
 
 
 if __name__ == "__main__":

@@ -274,10 +274,11 @@ def test_no_worse_than_unfused(dtype):
     for scale, offset in [(0.1, 0), (1, 0), (5, 0), (20, 0), (60, 0), (1, 1e4)]:
         if offset and dtype not in (torch.float32, torch.float64):
             continue
-        for (height, width), times in itertools.product([(9, 13)], [2, 4, 8, 16]):
-            shape = (2, 19, height, width)
+        for times in (2, 4, 16):
+            height, width = 7, 9
+            shape = (1, 19, height, width)
             logits = make_logits(shape, dtype, scale=scale, offset=offset)
-            target = make_labels(19, (2, height * times, width * times))
+            target = make_labels(19, (1, height * times, width * times))
             ours = loss_and_grad(outlier_exposure_loss, logits, target, upsample="bilinear")
             wide = logits.to(torch.promote_types(dtype, torch.float32))
             theirs = loss_and_grad(

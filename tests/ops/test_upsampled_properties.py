@@ -91,7 +91,7 @@ class Case:
 @st.composite
 def axis(draw: st.DrawFn, most: int) -> tuple[int, int, bool]:
     """A number of elements and of pixels; whether its scale is whole with aligned corners."""
-    elements = draw(st.integers(1, 12) | st.sampled_from([33, 65]))
+    elements = draw(st.integers(1, 12) | st.sampled_from([33]))
     times = draw(st.sampled_from([1, 2, 3, 4, 4, 5, 6, 8, 12, 16, 20, 32]))
     kind = draw(st.sampled_from(["whole", "aligned", "any"]))
     pixels = elements * times
@@ -104,10 +104,10 @@ def axis(draw: st.DrawFn, most: int) -> tuple[int, int, bool]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    height, high, _ = draw(axis(60))
-    width, wide, aligned = draw(axis(700))
-    num_classes = draw(st.sampled_from([1, 2, 3, 5, 8, 9, 19, 40]))
-    batch = draw(st.integers(1, 2)) if high * wide * num_classes < 100_000 else 1
+    height, high, _ = draw(axis(40))
+    width, wide, aligned = draw(axis(500))
+    num_classes = draw(st.sampled_from([1, 2, 3, 5, 8, 9, 19]))
+    batch = draw(st.integers(1, 2)) if high * wide * num_classes < 50_000 else 1
     dtype = draw(st.sampled_from(DTYPES))
     label_dtype = draw(st.sampled_from(INT_DTYPES))
     special_label = st.sampled_from([-1, 0, 1, 100, num_classes - 1])
@@ -163,7 +163,7 @@ def largest_terms(case: Case, target: torch.Tensor, upstream: torch.Tensor) -> f
     return terms.max().item()
 
 
-@examples(300)
+@examples(200)
 @given(cases())
 def test_no_worse_than_unfused(case):
     logits, target, options = case.make()
@@ -209,7 +209,7 @@ def test_no_worse_than_unfused(case):
     assert our_grad.dtype == case.dtype
 
 
-@examples(60)
+@examples(40)
 @given(cases())
 def test_a_part_of_the_batch_has_the_same_bits(case):
     logits, target, options = case.make()

@@ -170,11 +170,18 @@ def test_the_reference_has_every_public_name():
 
 
 def test_the_schemas_are_the_codes():
-    operator = torch.ops.oe_ext.outlier_exposure_loss
+    operators = [
+        torch.ops.oe_ext.outlier_exposure_loss,
+        torch.ops.oe_ext.upsampled_outlier_exposure_loss,
+    ]
     shown = [
         " ".join(text.split()) for text in re.findall(r"^(oe_ext::.*?-> Tensor)$", API, re.M | re.S)
     ]
-    actual = [str(getattr(operator, name)._schema) for name in ("default", "tensor_alpha")]
+    actual = [
+        str(getattr(operator, name)._schema)
+        for operator in operators
+        for name in ("default", "tensor_alpha")
+    ]
     assert [schema.replace('"', "'") for schema in shown] == [
         schema.replace('"', "'") for schema in actual
     ]
