@@ -16,15 +16,18 @@ difference ends the run.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import memory
 import report
 import results
 import torch
+import upsampled
 from cases import GOALS, SECTIONS, Case, all_cases, goal_cases, make_inputs, quick_cases
 from results import TimeRow, row_fields
-from rivals import check, make_losses, make_steps
+from rivals import Step, check, make_losses, make_steps
 from timing import take_turns
 from tqdm import tqdm
 
@@ -34,12 +37,18 @@ def thread_counts(most: int) -> list[int]:
     return sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)})
 
 
-def measure(case: Case, threads: int) -> list[TimeRow]:
-    """Checks the rivals of a case, then times them."""
+def checked_steps(case: Case) -> dict[str, Step]:
+    """Checks the rivals of a case."""
     inputs = make_inputs(case, "cpu")
     losses = make_losses(case, inputs)
+    check(case, inputs, losses)
+    return make_steps(case, inputs, losses)
 
-    def with_threads(count: int, step):
+
+def measure(case: Case, threads: int) -> list[TimeRow]:
+    """Checks the rivals of a case, then times them."""
+
+    def with_threads(count: int, step: Step) -> Callable[[], None]:
         def run():
             torch.set_num_threads(count)
             step()
@@ -47,8 +56,13 @@ def measure(case: Case, threads: int) -> list[TimeRow]:
         return run
 
     with torch.set_grad_enabled(not case.inference):
-        check(case, inputs, losses)
-        steps = {(name, threads): step for name, step in make_steps(case, inputs, losses).items()}
+        named = checked_steps(case)
+        if case.section == "upsampled forms":
+            named |= {
+                name: checked_steps(replace(case, **form))["ours"]
+                for name, form in upsampled.FORMS.items()
+            }
+        steps = {(name, threads): step for name, step in named.items()}
         if case.section == "threads":
             steps = {
                 (name, count): with_threads(count, step)
@@ -95,7 +109,9 @@ def main() -> None:
     elif args.dtype:
         cases = goal_cases(list(GOALS), dtype)
     else:
-        cases = [case for case in all_cases() if case.section in (args.only or SECTIONS)]
+        wanted = args.only or SECTIONS
+        suite = [*all_cases(), *upsampled.all_cases()]
+        cases = [case for case in suite if case.section.split()[0] in wanted]
     is_whole = not (args.quick or args.only or args.dtype or args.csv)
 
     torch.set_num_threads(args.threads)
@@ -110,7 +126,8 @@ def main() -> None:
             results.write(args.csv, facts, rows)
         return
     results.write(results.TIMES_CSV, facts, rows)
-    results.OPTIONS_CSV.unlink(missing_ok=True)
+    for path in results.SECTION_CSVS.values():
+        path.unlink(missing_ok=True)
     if memory.is_supported():
         results.write(results.MEMORY_CSV, facts, memory.measure(args.threads))
     report.write_pages()

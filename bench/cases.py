@@ -1,4 +1,4 @@
-"""The measured cases: shapes, dtypes, layouts, and the goals for the main table."""
+"""The measured cases: shapes, dtypes, layouts, and the goals."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 ALPHA = 0.5
 OOD_INDEX = 254  # the label of outliers in unsigned targets
+BLOCK = 16  # pixels, the side of the squares of equal labels
 
 Shape = tuple[int, ...]
 
@@ -39,7 +40,6 @@ GOALS: dict[Shape, Goals] = {
     (1, 150, 512, 512): Goals(12, 4, 3.5, 1.2, 1.2),
 }
 QUICK_SHAPES: list[Shape] = [(384, 10), (384, 1000), (2, 19, 128, 128)]
-MEMORY_SHAPES: list[Shape] = [(1024, 32000), (1, 150, 512, 512)]
 
 ALL_RIVALS = ("ours", "pytorch-ood", "compiled", "cross_entropy", "sum", "clone")
 EAGER_RIVALS = ("ours", "pytorch-ood", "cross_entropy", "sum", "clone")
@@ -60,6 +60,7 @@ SECTIONS = (
     "threads",
     "rows",
     "classes",
+    "upsampled",  # and every section whose name begins with it
 )
 
 
@@ -73,10 +74,14 @@ class Case:
     target_dtype: torch.dtype = torch.int64
     reduction: str = "mean"
     inference: bool = False
+    size: Shape = ()  # of the target's images, if the logits are upsampled to it
+    align_corners: bool = False
+    labels: str = "random"  # or "blocks"
     budget: float = 3.0  # seconds for the measured rounds, as far as the fewest rounds allow
 
     def __str__(self) -> str:
-        return f"{self.section} {self.shape} {dtype_text(self.dtype)}"
+        size = f" to {self.size}" if self.size else ""
+        return f"{self.section} {self.shape}{size} {dtype_text(self.dtype)}"
 
 
 class Inputs(NamedTuple):
@@ -85,7 +90,7 @@ class Inputs(NamedTuple):
     classes: Tensor  # int64, with class 0 in place of every outlier: what F.cross_entropy takes
     ood_index: int | None
     weight: Tensor | None  # the upstream gradient, if the loss is not a scalar
-    options: dict[str, Any]  # of ours and of F.cross_entropy
+    options: dict[str, Any]  # of ours, and of F.cross_entropy where it has them
 
 
 def make_logits(shape: Shape, layout: str) -> Tensor:
@@ -99,13 +104,27 @@ def make_logits(shape: Shape, layout: str) -> Tensor:
     return logits
 
 
+def make_labels(case: Case) -> Tensor:
+    """Of which about half are those of outliers. In blocks, most neighbours are equal, as they are
+    in pictures."""
+    num_classes = case.shape[1]
+    size = case.size or case.shape[2:]
+    if case.labels == "random":
+        return torch.randint(-num_classes, num_classes, (case.shape[0], *size))
+    blocks = [-(-side // BLOCK) for side in size]
+    labels = torch.randint(-num_classes, num_classes, (case.shape[0], *blocks))
+    for axis, side in enumerate(size, start=1):
+        labels = labels.repeat_interleave(BLOCK, axis).narrow(axis, 0, side)
+    return labels.contiguous()
+
+
 def make_inputs(case: Case, device: str) -> Inputs:
-    """Random logits, and labels of which about half are those of outliers."""
+    """Random logits and labels."""
     torch.manual_seed(0)
     num_classes = case.shape[1]
     with torch.device(device):
         logits = make_logits(case.shape, case.layout).to(case.dtype).detach()
-        labels = torch.randint(-num_classes, num_classes, (case.shape[0], *case.shape[2:]))
+        labels = make_labels(case)
     logits.requires_grad_(not case.inference)
     target, ood_index = labels, None
     if not case.target_dtype.is_signed:
@@ -117,6 +136,8 @@ def make_inputs(case: Case, device: str) -> Inputs:
     options: dict[str, Any] = {}
     if case.section == "options":
         options = {"weight": torch.rand(num_classes, device=device) + 0.5, "label_smoothing": 0.1}
+    if case.size:
+        options = {"upsample": "bilinear", "align_corners": case.align_corners}
     classes = labels.clamp(min=0)
     return Inputs(logits, target.to(case.target_dtype), classes, ood_index, weight, options)
 
@@ -131,8 +152,16 @@ def quick_cases(dtype: torch.dtype) -> list[Case]:
     return [replace(case, budget=1.0) for case in goal_cases(QUICK_SHAPES, dtype)]
 
 
+def memory_cases() -> list[Case]:
+    return [
+        Case("memory", (1024, 32000), ALL_RIVALS),
+        Case("memory", (1, 150, 512, 512), ALL_RIVALS),
+        Case("memory", (1, 19, 128, 128), ("ours", "unfused"), size=(1024, 1024)),
+    ]
+
+
 def all_cases() -> list[Case]:
-    """The whole suite on the CPU."""
+    """The whole suite on the CPU, but for upsampled.py's."""
     dtypes = [
         *(
             Case("dtypes", shape, FUSED_RIVALS, torch.bfloat16)

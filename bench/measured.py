@@ -15,6 +15,7 @@ class Measured:
         self.rows = list(rows)
         self.case = self.rows[0]
         self.shape = parse_shape(self.case.shape)
+        self.size = parse_shape(self.case.size)
 
     def find(self, rival: str, threads: int | None = None) -> TimeRow | None:
         wanted = (row for row in self.rows if row.rival == rival)
@@ -30,8 +31,9 @@ class Measured:
 
 
 def group_cases(rows: list[TimeRow]) -> list[Measured]:
-    def key(row: TimeRow) -> tuple[str, ...]:
+    def key(row: TimeRow) -> tuple[object, ...]:
         kind = (row.target_dtype, row.reduction, row.direction)
-        return (row.section, row.shape, row.dtype, row.layout, *kind)
+        upsampled = (row.size, row.align_corners, row.labels)
+        return (row.section, row.shape, row.dtype, row.layout, *kind, *upsampled)
 
     return [Measured(group) for _, group in groupby(rows, key)]

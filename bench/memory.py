@@ -1,8 +1,10 @@
 """The peak memory of one forward and backward, each rival in a process of its own.
 
     python bench/memory.py cross_entropy 1024x32000 2
+    python bench/memory.py unfused 1x19x128x128 2 1024x1024   # logits that are upsampled
 
-prints the rise of the resident memory in bytes.
+prints the rise of the resident memory in bytes. Without arguments, all are measured, and the CSV
+file is rewritten.
 """
 
 from __future__ import annotations
@@ -11,15 +13,15 @@ import ctypes
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from cases import MEMORY_SHAPES, Case, Shape, make_inputs
-from results import MemoryRow, parse_shape, shape_text
+from cases import Case, make_inputs, memory_cases
+from results import MEMORY_CSV, MemoryRow, parse_shape, provenance, shape_text, write
 from rivals import Step, make_losses, make_steps
 from tqdm import tqdm
 
-RIVALS = ("ours", "pytorch-ood", "compiled", "cross_entropy", "sum", "clone")
 PEAK = Path("/proc/self/clear_refs")
 
 
@@ -35,16 +37,17 @@ def status(field: str) -> int:
     return 1024 * int(found[1])
 
 
-def peak_rise(rival: str, shape: Shape) -> int:
-    """The peak rise of this process's memory in one forward and backward, in bytes."""
+def peak_rise(case: Case) -> int:
+    """The peak rise of this process's memory in one forward and backward of the only rival."""
+    (rival,) = case.rivals
 
-    def make_step(shape: Shape) -> Step:
-        case = Case("memory", shape, (rival,))
+    def make_step(case: Case) -> Step:
         inputs = make_inputs(case, "cpu")
         return make_steps(case, inputs, make_losses(case, inputs))[rival]
 
-    make_step((64, 1000) if len(shape) == 2 else (1, 19, 64, 64))()  # loads libraries
-    step = make_step(shape)
+    small = (64, 1000) if len(case.shape) == 2 else (1, 19, 64, 64)
+    make_step(replace(case, shape=small, size=case.size and (128, 128)))()  # loads libraries
+    step = make_step(case)
     if rival == "compiled":
         step()  # compiles for this shape
     ctypes.CDLL(None).malloc_trim(0)
@@ -55,24 +58,33 @@ def peak_rise(rival: str, shape: Shape) -> int:
 
 
 def measure(threads: int) -> list[MemoryRow]:
-    cases = [(shape, rival) for shape in MEMORY_SHAPES for rival in RIVALS]
+    cases = [(case, rival) for case in memory_cases() for rival in case.rivals]
     rows = []
-    for shape, rival in (progress := tqdm(cases, leave=False)):
-        progress.set_description(f"memory {shape} {rival}")
+    for case, rival in (progress := tqdm(cases, leave=False)):
+        progress.set_description(f"{case} {rival}")
+        shape, size = shape_text(case.shape), shape_text(case.size)
         done = subprocess.run(
-            [sys.executable, __file__, rival, shape_text(shape), str(threads)],
+            [sys.executable, __file__, rival, shape, str(threads), size],
             stdout=subprocess.PIPE,
             text=True,
             check=True,
         )
-        logits_bytes = 4 * torch.Size(shape).numel()
+        logits_bytes = 4 * torch.Size(case.shape).numel()
         rise = int(done.stdout)
-        rows.append(
-            MemoryRow(shape_text(shape), rival, logits_bytes, rise, round(rise / logits_bytes, 3))
-        )
+        ratio = round(rise / logits_bytes, 3)
+        rows.append(MemoryRow(shape, rival, logits_bytes, rise, ratio, size))
     return rows
 
 
+def main() -> None:
+    if len(sys.argv) == 1:
+        threads = torch.get_num_threads()
+        write(MEMORY_CSV, provenance(threads), measure(threads))
+        return
+    rival, shape, threads, size = (*sys.argv[1:], "")[:4]
+    torch.set_num_threads(int(threads))
+    print(peak_rise(Case("memory", parse_shape(shape), (rival,), size=parse_shape(size))))
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[3]))
-    print(peak_rise(sys.argv[1], parse_shape(sys.argv[2])))
+    main()

@@ -19,15 +19,17 @@ COLORS = {
     "pytorch-ood": "#D55E00",
     "compiled": "#E69F00",
     "cross_entropy": "#0072B2",
+    "unfused": "#CC79A7",
     "sum": "#56B4E9",
     "clone": "#767676",
 }
-MARKERS = {"ours": "o", "pytorch-ood": "s", "cross_entropy": "^", "clone": ""}
+MARKERS = {"ours": "o", "pytorch-ood": "s", "cross_entropy": "^", "unfused": "D", "clone": ""}
 LABELS = {
     "ours": "oe_ext",
     "pytorch-ood": "pytorch-ood",
     "compiled": "torch.compile",
     "cross_entropy": "F.cross_entropy",
+    "unfused": "F.interpolate, then oe_ext",
     "sum": "logits.sum()",
     "clone": "logits.clone()",
 }
@@ -93,20 +95,22 @@ def draw_speed(cases: list[Measured]) -> None:
     save(figure, "speed.png")
 
 
+def curves(ax: Axes, x: list[int], cases: list[Measured]) -> None:
+    """The time of each rival of the cases."""
+    for name in (name for name in MARKERS if cases[0].find(name)):
+        y = [row.median_us for case in cases if (row := case.find(name))]
+        line = "--" if name == "clone" else "-"
+        label = "logits.clone(): the floor" if name == "clone" else LABELS[name]
+        width, marker = 2.2 if name == "ours" else 1.5, MARKERS[name]
+        ax.plot(x, y, line, marker=marker, markersize=4, color=COLORS[name], lw=width, label=label)
+    ax.set(xscale="log", yscale="log")
+    ax.grid(color="#dddddd", linewidth=0.7)
+
+
 def draw_curves(rows: list[Measured], classes: list[Measured]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.7), layout="constrained", sharey=True)
     for ax, cases, axis in zip(axes, (rows, classes), (0, 1), strict=True):
-        x = [case.shape[axis] for case in cases]
-        for name, marker in MARKERS.items():
-            y = [row.median_us for case in cases if (row := case.find(name))]
-            line = "--" if name == "clone" else "-"
-            label = "logits.clone(): the floor" if name == "clone" else LABELS[name]
-            width = 2.2 if name == "ours" else 1.5
-            ax.plot(
-                x, y, line, marker=marker, markersize=4, color=COLORS[name], lw=width, label=label
-            )
-        ax.set(xscale="log", yscale="log")
-        ax.grid(color="#dddddd", linewidth=0.7)
+        curves(ax, [case.shape[axis] for case in cases], cases)
     axes[0].set(xlabel="rows N", ylabel="µs")
     axes[0].set_title(f"{rows[0].shape[1]} classes", loc="left")
     axes[1].set(xlabel="classes C")
@@ -114,6 +118,29 @@ def draw_curves(rows: list[Measured], classes: list[Measured]) -> None:
     axes[0].legend(loc="upper left")
     figure.suptitle("Forward + backward, float32, CPU: time of one call", weight="bold", x=0.27)
     save(figure, "curves.png")
+
+
+def draw_upsampled(scales: list[Measured], classes: list[Measured]) -> None:
+    def scale(case: Measured) -> int:
+        return case.size[0] // case.shape[2]
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.7), layout="constrained", sharey=True)
+    for ax, cases, x in (
+        (axes[0], scales, [scale(case) for case in scales]),
+        (axes[1], classes, [case.shape[1] for case in classes]),
+    ):
+        curves(ax, x, cases)
+        ax.set_xticks(x, map(str, x))
+        ax.xaxis.set_minor_locator(NullLocator())
+    height, width = scales[0].size
+    axes[0].set(xlabel="scale", ylabel="µs")
+    axes[0].set_title(f"{scales[0].shape[1]} classes", loc="left")
+    axes[1].set(xlabel="classes C")
+    axes[1].set_title(f"scale {scale(classes[0])}", loc="left")
+    axes[1].legend(loc="upper left")
+    title = f"Forward + backward to {height} x {width}, float32, CPU: time of one call"
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    save(figure, "upsampled.png")
 
 
 def draw_memory(rows: list[MemoryRow]) -> None:

@@ -4,60 +4,30 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
 import traffic
+import upsampled
 from cases import GOALS
 from measured import Measured, group_cases
 from results import (
     AVX2_CSV,
     MEMORY_CSV,
-    OPTIONS_CSV,
     ROOT,
+    SECTION_CSVS,
     TIMES_CSV,
     MemoryRow,
     TimeRow,
     parse_shape,
     read,
 )
+from tables import Score, markdown, marked, number, shape_label, spread, variant
 
 PAGE = ROOT / "bench" / "RESULTS.md"
 README = ROOT / "README.md"
 
 OTHERS = ("dtypes", "layouts", "targets", "reductions")
-
-
-def number(value: float | None) -> str:
-    """Three digits."""
-    if value is None:
-        return ""
-    return (
-        f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-    )
-
-
-def spread(case: Measured, rival: str) -> str:
-    row = case.find(rival)
-    return f"{number(row.ratio)} ±{number(row.iqr / 2)}" if row else ""
-
-
-def shape_label(case: Measured) -> str:
-    return str(case.shape)
-
-
-def markdown(header: list[str], lines: Iterable[list[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def variant(case: Measured) -> str:
-    """What is unusual about a case."""
-    first = case.case
-    usual = ("contiguous", "int64", "mean", "forward+backward")
-    words = (first.layout, first.target_dtype, first.reduction, first.direction)
-    return " ".join(word for word, default in zip(words, usual, strict=True) if word != default)
 
 
 def plain_table(rows: list[TimeRow]) -> str:
@@ -78,40 +48,22 @@ def plain_table(rows: list[TimeRow]) -> str:
 
 
 def goal_table(cases: list[Measured]) -> str:
-    reached = total = 0
-
-    def cell(value: str, goal: float | None, is_reached: bool) -> str:
-        nonlocal reached, total
-        if goal is None:
-            return value
-        reached, total = reached + is_reached, total + 1
-        return f"**{value}** ({goal:g})" if is_reached else f"{value} ({goal:g})"
-
+    score = Score()
     lines = []
     for case in cases:
         goals = GOALS[case.shape]
-        line = [shape_label(case)]
-        for name, goal in [
-            ("pytorch-ood", goals.pytorch_ood),
-            ("compiled", goals.compiled),
-            ("cross_entropy", goals.cross_entropy),
-        ]:
-            ratio = case.over_ours(name)
-            line.append(cell(spread(case, name), goal, ratio is not None and ratio >= goal))
+        line = [
+            shape_label(case),
+            score.at_least(case, "pytorch-ood", goals.pytorch_ood),
+            score.at_least(case, "compiled", goals.compiled),
+            score.at_least(case, "cross_entropy", goals.cross_entropy),
+        ]
         for name, goal in [("clone", goals.clone), ("sum", goals.sum)]:
             ratio = case.ours_over(name)
-            line.append(cell(number(ratio), goal, None not in (ratio, goal) and ratio <= goal))
+            line.append(score.at_most(number(ratio), ratio, goal))
         lines.append(line)
     header = ["shape", *(f"{name} / ours" for name in ("pytorch-ood", "compiled", "cross_entropy"))]
-    table = markdown([*header, "ours / clone", "ours / sum"], lines)
-    return f"{table}\n\n{reached} of {total} goals reached."
-
-
-def marked(case: Measured, rival: str) -> str:
-    """The ratio; with a mark where the rival is faster."""
-    ratio = case.over_ours(rival)
-    text = spread(case, rival)
-    return f"{text} **(slower)**" if ratio is not None and ratio < 1 else text
+    return score.table([*header, "ours / clone", "ours / sum"], lines)
 
 
 def other_table(cases: list[Measured]) -> str:
@@ -188,11 +140,13 @@ def thread_table(cases: list[Measured]) -> str:
 
 
 def memory_table(rows: list[MemoryRow]) -> str:
+    def label(row: MemoryRow) -> str:
+        size = f" to {parse_shape(row.size)}" if row.size else ""
+        return f"{parse_shape(row.shape)}{size}"
+
     names = list(dict.fromkeys(row.rival for row in rows))
-    lines = [
-        [str(parse_shape(shape)), *(f"{row.ratio:.2f}" for row in group)]
-        for shape, group in groupby(rows, lambda row: row.shape)
-    ]
+    groups = groupby(rows, label)
+    lines = [[name, *(f"{row.ratio:.2f}" for row in group)] for name, group in groups]
     return markdown(["shape", *names], lines)
 
 
@@ -266,6 +220,10 @@ def write_pages() -> None:
     import plots  # needs matplotlib, which printing a table does not
 
     facts, rows = read(TIMES_CSV, TimeRow)
+    newer = {name: read(path, TimeRow) for name, path in SECTION_CSVS.items() if path.exists()}
+    rows = [row for row in rows if row.section.split()[0] not in newer]
+    for _, own_rows in newer.values():
+        rows += own_rows
     cases = group_cases(rows)
 
     def of(*sections: str) -> list[Measured]:
@@ -285,20 +243,25 @@ def write_pages() -> None:
         "threads": thread_table(of("threads")),
         "roofline": roofline_table(moved),
     }
-    for section, path, table in (
-        ("avx2", AVX2_CSV, goal_table),
-        ("options", OPTIONS_CSV, options_table),
-    ):
-        if path.exists():
-            own, own_rows = read(path, TimeRow)
-            command = f"`{own['command']}`, {own['CPU']}, commit {own['commit']}"
-            tables[section] = f"{table(group_cases(own_rows))}\n\n{command}."
+    if of("upsampled"):
+        tables["upsampled"] = upsampled.goal_table(of("upsampled"))
+        tables["upsampled forms"] = upsampled.forms_table(of("upsampled forms"))
+        plots.draw_upsampled(of("upsampled scales"), of("upsampled classes"))
+    if AVX2_CSV.exists():
+        newer["avx2"] = read(AVX2_CSV, TimeRow)
+        tables["avx2"] = goal_table(group_cases(newer["avx2"][1]))
+    for section, (own, _) in newer.items():
+        level = f"{own['CPU']}, {own['CPU kernels']} kernels"
+        tables[section] += f"\n\n`{own['command']}`, {level}, commit {own['commit']}."
     plots.draw_speed(of("goals"))
     plots.draw_curves(of("rows"), of("classes"))
     if MEMORY_CSV.exists():
         _, memory_rows = read(MEMORY_CSV, MemoryRow)
-        tables["memory"] = memory_table(memory_rows)
-        plots.draw_memory(memory_rows)
+        of_loss = [row for row in memory_rows if not row.size]
+        tables["memory"] = memory_table(of_loss)
+        plots.draw_memory(of_loss)
+        if len(of_loss) < len(memory_rows):
+            tables["upsampled memory"] = memory_table([row for row in memory_rows if row.size])
     for section, table in tables.items():
         rewrite(PAGE, section, table)
     if "<!-- bench -->" in README.read_text():

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
 TIMES_CSV = FOLDER / "cpu.csv"
 MEMORY_CSV = FOLDER / "cpu_memory.csv"
-OPTIONS_CSV = FOLDER / "cpu_options.csv"  # that section, if it is newer than the whole
+# Sections that are newer than the whole, if they exist.
+SECTION_CSVS = {name: FOLDER / f"cpu_{name}.csv" for name in ("options", "upsampled")}
 AVX2_CSV = FOLDER / "cpu_avx2.csv"  # the main table, where most processors are
 
 
@@ -39,6 +40,9 @@ class TimeRow:
     median_us: float
     ratio: float  # over ours
     iqr: float  # of the ratio
+    size: str = ""  # of the target's images, if the logits are upsampled to it
+    align_corners: int = 0
+    labels: str = "random"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class MemoryRow:
     logits_bytes: int
     peak_rise_bytes: int
     ratio: float  # of the rise over the logits
+    size: str = ""
 
 
 Row = TypeVar("Row", TimeRow, CudaRow, MemoryRow)
@@ -65,7 +70,7 @@ def shape_text(shape: Shape) -> str:
 
 
 def parse_shape(text: str) -> Shape:
-    return tuple(map(int, text.split("x")))
+    return tuple(map(int, text.split("x"))) if text else ()
 
 
 def row_fields(case: Case, timing: Timing) -> dict[str, Any]:
@@ -80,6 +85,9 @@ def row_fields(case: Case, timing: Timing) -> dict[str, Any]:
         "median_us": round(1e6 * timing.seconds, 3),
         "ratio": round(timing.ratio, 4),
         "iqr": round(timing.iqr, 4),
+        "size": shape_text(case.size),
+        "align_corners": int(case.align_corners),
+        "labels": case.labels,
     }
 
 

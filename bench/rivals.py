@@ -20,8 +20,9 @@ from oracles import load_pytorch_ood_class
 
 keep_caches_apart()
 
-#: The rivals that compute the loss. cross_entropy is a cheaper one; sum and clone are floors.
-EXACT = ("ours", "pytorch-ood", "compiled")
+#: The rivals that compute the loss. cross_entropy is a cheaper one; sum, clone and interpolate are
+#: floors.
+EXACT = ("ours", "pytorch-ood", "compiled", "unfused")
 
 # The largest error, over the largest value, of the loss and of its gradient. The loss of half
 # types is computed in float32; their gradient is stored in half: one unit in the last place.
@@ -51,6 +52,8 @@ def plain_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 def make_losses(case: Case, inputs: Inputs) -> dict[str, Step]:
     """The loss of each rival of the case, except clone, which has none."""
+    if case.size:
+        return make_upsampled_losses(case, inputs)
     logits, target, classes, ood_index, _, options = inputs
 
     def ours(**options: Any) -> Step:
@@ -79,6 +82,23 @@ def make_losses(case: Case, inputs: Inputs) -> dict[str, Step]:
     return losses
 
 
+def make_upsampled_losses(case: Case, inputs: Inputs) -> dict[str, Step]:
+    """Ours, and what the rivals make of the interpolated logits; those alone are "interpolate"."""
+    logits, target, classes, _, _, options = inputs
+    module = load_pytorch_ood_class()(ALPHA, case.reduction)
+
+    def full() -> Tensor:
+        return F.interpolate(logits, case.size, mode="bilinear", align_corners=case.align_corners)
+
+    return {
+        "ours": lambda: outlier_exposure_loss(logits, target, ALPHA, case.reduction, **options),
+        "pytorch-ood": lambda: module(full(), target),
+        "cross_entropy": lambda: F.cross_entropy(full(), classes, reduction=case.reduction),
+        "unfused": lambda: outlier_exposure_loss(full(), target, ALPHA, case.reduction),
+        "interpolate": full,
+    }
+
+
 def make_steps(case: Case, inputs: Inputs, losses: dict[str, Step]) -> dict[str, Step]:
     logits, weight = inputs.logits, inputs.weight
     detached = logits.detach()
@@ -92,8 +112,15 @@ def make_steps(case: Case, inputs: Inputs, losses: dict[str, Step]) -> dict[str,
         # The gradient of a sum is one number, expanded. backward() writes it out, and so do we.
         return torch.autograd.grad(logits.sum(), logits)[0].contiguous()
 
+    def interpolated() -> Tensor:
+        # With the gradient of a sum, but without its pass.
+        full = losses["interpolate"]()
+        return torch.autograd.grad(full, logits, full.new_ones(()).expand_as(full))[0]
+
     steps = {name: differentiated(loss) for name, loss in losses.items() if name != "sum"}
     steps |= {"sum": total, "clone": detached.clone}
+    if "interpolate" in losses:
+        steps["interpolate"] = interpolated
     return {name: steps[name] for name in case.rivals}
 
 

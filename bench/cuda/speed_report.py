@@ -9,8 +9,9 @@ import model
 import torch
 from launches import Workload
 from measured import Measured, group_cases
-from report import case_bytes, markdown, number, spread, variant
+from report import case_bytes
 from results import CudaRow
+from tables import markdown, number, spread, variant
 
 PAGE = """# The loss on a GPU
 
