@@ -193,8 +193,8 @@ def test_peak_memory():
     """Forward and backward need the gradient, and next to nothing beside it, in a fresh process."""
     shape = (512, 16000)
     code = (
-        "import sys; sys.path.insert(0, 'bench'); import memory; "
-        f"print(memory.peak_rise('ours', {shape}))"
+        "import sys; sys.path.insert(0, 'bench'); import cases, memory; "
+        f"print(memory.peak_rise(cases.Case('memory', {shape}, ('ours',))))"
     )
     gradient = 4 * shape[0] * shape[1]
     assert int(run_python("-c", code)) < 1.08 * gradient
