@@ -47,7 +47,7 @@ MUTANTS_OF_MEANING = [
     Mutant(
         "the uniform term is dropped",
         MATHS,
-        "select(has_uniform, scale * row.uniform / num_classes, acc_t(0)),",
+        "select(has_uniform, uniform, acc_t(0)),",
         "acc_t(0),",
     ),
     Mutant(
@@ -156,10 +156,8 @@ MUTANTS_OF_MEANING = [
     Mutant(
         "class weights: not in the gradient",
         ARGS,
-        "GradientCoefficients<acc_t>::of_row(row, sum_exp, row.weight * upstream / divisor,",
-        "GradientCoefficients<acc_t>::of_row(\n"
-        "                row, sum_exp,\n"
-        "                (row.label == acc_t(0) ? row.weight : acc_t(1)) * upstream / divisor,",
+        "const acc_t scale = row.weight * upstream / divisor;",
+        "const acc_t scale = (row.label == acc_t(0) ? row.weight : acc_t(1)) * upstream / divisor;",
     ),
     Mutant(
         "class weights: not in the loss",
