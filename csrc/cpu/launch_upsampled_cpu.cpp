@@ -47,9 +47,11 @@ TaskResult for_each_band(const Args& args, const GroupDivisors& divisors, const 
   const int64_t row_size = num_classes * num_columns;
   const bool writes_gradient = args.rows.grad_logits != nullptr;
   const int64_t num_tasks = args.num_images * num_bands;
+  const int64_t task_logits = args.rows.layout.num_rows() * num_classes / num_tasks;
+  const int64_t grain = kGrainLogits / std::max<int64_t>(1, task_logits);
   const Scratch<acc_t> partial(writes_gradient ? num_tasks * row_size : 0);
   const TaskResult result =
-      for_each_task(num_tasks, 1, [&](int64_t begin, int64_t end, TaskResult* results) {
+      for_each_task(num_tasks, grain, [&](int64_t begin, int64_t end, TaskResult* results) {
         const FlushSubnormals flush;
         const Scratch<acc_t> scratch(scratch_size);
         for (int64_t task = begin; task < end; ++task) {
