@@ -69,11 +69,6 @@ namespace {
 
 using Kernels = OutlierExposureKernels<void>;
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload = "") {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
-}
-
 }  // namespace
 
 at::Tensor call_loss(const LossInputs& inputs) {
@@ -141,12 +136,9 @@ at::Tensor outlier_exposure_loss(const at::Tensor& logits, const at::Tensor& tar
                                  std::string_view reduction, std::optional<int64_t> ignore_index,
                                  std::optional<int64_t> ood_index,
                                  const std::optional<at::Tensor>& weight, double label_smoothing) {
-  return call_loss({logits,
-                    target,
-                    std::nullopt,
-                    weight,
-                    {alpha, parse_reduction(reduction), symbolic(ignore_index), symbolic(ood_index),
-                     label_smoothing}});
+  return call_loss({logits, target, std::nullopt, weight,
+                    LossOptions::of(alpha, reduction, symbolic(ignore_index), symbolic(ood_index),
+                                    label_smoothing)});
 }
 
 at::Tensor outlier_exposure_loss(const at::Tensor& logits, const at::Tensor& target,
@@ -154,12 +146,9 @@ at::Tensor outlier_exposure_loss(const at::Tensor& logits, const at::Tensor& tar
                                  std::optional<int64_t> ignore_index,
                                  std::optional<int64_t> ood_index,
                                  const std::optional<at::Tensor>& weight, double label_smoothing) {
-  return call_loss({logits,
-                    target,
-                    alpha,
-                    weight,
-                    {0.0, parse_reduction(reduction), symbolic(ignore_index), symbolic(ood_index),
-                     label_smoothing}});
+  return call_loss({logits, target, alpha, weight,
+                    LossOptions::of(0.0, reduction, symbolic(ignore_index), symbolic(ood_index),
+                                    label_smoothing)});
 }
 
 }  // namespace oe_ext

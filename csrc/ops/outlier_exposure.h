@@ -46,6 +46,15 @@ struct LossOptions {
   OptionalSymInt num_classes = std::nullopt;
   c10::SymInt first_class = 0;
 
+  // With the alpha of a tensor, the number is of no account.
+  static LossOptions of(double alpha, std::string_view reduction, OptionalSymInt ignore_index,
+                        OptionalSymInt ood_index, double label_smoothing,
+                        OptionalSymInt num_classes = std::nullopt, c10::SymInt first_class = 0) {
+    return {
+        alpha,           parse_reduction(reduction), std::move(ignore_index), std::move(ood_index),
+        label_smoothing, std::move(num_classes),     std::move(first_class)};
+  }
+
   bool is_part() const { return num_classes.has_value(); }
 };
 
@@ -82,24 +91,18 @@ struct OutlierExposureKernels {
                          std::string_view reduction, OptionalSymInt ignore_index,
                          OptionalSymInt ood_index, const OptionalTensor& weight,
                          double label_smoothing) {
-    return Kernels::loss({logits,
-                          target,
-                          std::nullopt,
-                          weight,
-                          {alpha, parse_reduction(reduction), std::move(ignore_index),
-                           std::move(ood_index), label_smoothing}});
+    return Kernels::loss({logits, target, std::nullopt, weight,
+                          LossOptions::of(alpha, reduction, std::move(ignore_index),
+                                          std::move(ood_index), label_smoothing)});
   }
 
   static at::Tensor loss_tensor_alpha(const at::Tensor& logits, const at::Tensor& target,
                                       const at::Tensor& alpha, std::string_view reduction,
                                       OptionalSymInt ignore_index, OptionalSymInt ood_index,
                                       const OptionalTensor& weight, double label_smoothing) {
-    return Kernels::loss({logits,
-                          target,
-                          alpha,
-                          weight,
-                          {0.0, parse_reduction(reduction), std::move(ignore_index),
-                           std::move(ood_index), label_smoothing}});
+    return Kernels::loss({logits, target, alpha, weight,
+                          LossOptions::of(0.0, reduction, std::move(ignore_index),
+                                          std::move(ood_index), label_smoothing)});
   }
 
   static ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, double alpha,
@@ -109,12 +112,9 @@ struct OutlierExposureKernels {
                                OptionalSymInt num_classes, c10::SymInt first_class,
                                const OptionalTensor& weight, double label_smoothing) {
     return Kernels::forward(
-        {logits,
-         target,
-         alpha_tensor,
-         weight,
-         {alpha, parse_reduction(reduction), std::move(ignore_index), std::move(ood_index),
-          label_smoothing, std::move(num_classes), std::move(first_class)}},
+        {logits, target, alpha_tensor, weight,
+         LossOptions::of(alpha, reduction, std::move(ignore_index), std::move(ood_index),
+                         label_smoothing, std::move(num_classes), std::move(first_class))},
         counts, unit_gradient);
   }
 
@@ -127,12 +127,9 @@ struct OutlierExposureKernels {
                              const OptionalTensor& weight, double label_smoothing) {
     return Kernels::backward(
         grad,
-        {logits,
-         target,
-         alpha_tensor,
-         weight,
-         {alpha, parse_reduction(reduction), std::move(ignore_index), std::move(ood_index),
-          label_smoothing, std::move(num_classes), std::move(first_class)}},
+        {logits, target, alpha_tensor, weight,
+         LossOptions::of(alpha, reduction, std::move(ignore_index), std::move(ood_index),
+                         label_smoothing, std::move(num_classes), std::move(first_class))},
         {row_max, row_sum_exp, counts});
   }
 
@@ -144,12 +141,9 @@ struct OutlierExposureKernels {
                                  OptionalSymInt ignore_index, OptionalSymInt ood_index,
                                  const OptionalTensor& weight, double label_smoothing) {
     Kernels::backward_from_unit(unit_gradient, grad,
-                                {logits,
-                                 target,
-                                 alpha_tensor,
-                                 weight,
-                                 {alpha, parse_reduction(reduction), std::move(ignore_index),
-                                  std::move(ood_index), label_smoothing}},
+                                {logits, target, alpha_tensor, weight,
+                                 LossOptions::of(alpha, reduction, std::move(ignore_index),
+                                                 std::move(ood_index), label_smoothing)},
                                 {row_max, row_sum_exp, counts});
   }
 
@@ -165,6 +159,11 @@ struct OutlierExposureKernels {
     }
   }
 };
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload = "") {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
+}
 
 // Call the operators through the dispatcher.
 at::Tensor call_loss(const LossInputs& inputs);

@@ -49,11 +49,6 @@ namespace {
 
 using Kernels = UpsampledKernels<void>;
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name, const char* overload = "") {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
-}
-
 }  // namespace
 
 bool UpsampledInputs::has_equal_sizes() const {
@@ -106,12 +101,9 @@ at::Tensor upsampled_outlier_exposure_loss(const at::Tensor& logits, const at::T
                                            std::optional<int64_t> ood_index, bool align_corners,
                                            const std::optional<at::Tensor>& weight,
                                            double label_smoothing) {
-  return call_upsampled_loss({{logits,
-                               target,
-                               std::nullopt,
-                               weight,
-                               {alpha, parse_reduction(reduction), symbolic(ignore_index),
-                                symbolic(ood_index), label_smoothing}},
+  return call_upsampled_loss({{logits, target, std::nullopt, weight,
+                               LossOptions::of(alpha, reduction, symbolic(ignore_index),
+                                               symbolic(ood_index), label_smoothing)},
                               align_corners});
 }
 
@@ -121,12 +113,9 @@ at::Tensor upsampled_outlier_exposure_loss(const at::Tensor& logits, const at::T
                                            std::optional<int64_t> ood_index, bool align_corners,
                                            const std::optional<at::Tensor>& weight,
                                            double label_smoothing) {
-  return call_upsampled_loss({{logits,
-                               target,
-                               alpha,
-                               weight,
-                               {0.0, parse_reduction(reduction), symbolic(ignore_index),
-                                symbolic(ood_index), label_smoothing}},
+  return call_upsampled_loss({{logits, target, alpha, weight,
+                               LossOptions::of(0.0, reduction, symbolic(ignore_index),
+                                               symbolic(ood_index), label_smoothing)},
                               align_corners});
 }
 

@@ -50,12 +50,9 @@ struct UpsampledKernels {
                          std::string_view reduction, OptionalSymInt ignore_index,
                          OptionalSymInt ood_index, bool align_corners, const OptionalTensor& weight,
                          double label_smoothing) {
-    return Kernels::loss({{logits,
-                           target,
-                           std::nullopt,
-                           weight,
-                           {alpha, parse_reduction(reduction), std::move(ignore_index),
-                            std::move(ood_index), label_smoothing}},
+    return Kernels::loss({{logits, target, std::nullopt, weight,
+                           LossOptions::of(alpha, reduction, std::move(ignore_index),
+                                           std::move(ood_index), label_smoothing)},
                           align_corners});
   }
 
@@ -64,12 +61,9 @@ struct UpsampledKernels {
                                       OptionalSymInt ignore_index, OptionalSymInt ood_index,
                                       bool align_corners, const OptionalTensor& weight,
                                       double label_smoothing) {
-    return Kernels::loss({{logits,
-                           target,
-                           alpha,
-                           weight,
-                           {0.0, parse_reduction(reduction), std::move(ignore_index),
-                            std::move(ood_index), label_smoothing}},
+    return Kernels::loss({{logits, target, alpha, weight,
+                           LossOptions::of(0.0, reduction, std::move(ignore_index),
+                                           std::move(ood_index), label_smoothing)},
                           align_corners});
   }
 
@@ -80,12 +74,9 @@ struct UpsampledKernels {
                                         bool statistics, std::optional<bool> unit_gradient,
                                         const OptionalTensor& counts, const OptionalTensor& weight,
                                         double label_smoothing) {
-    return Kernels::forward({{logits,
-                              target,
-                              alpha_tensor,
-                              weight,
-                              {alpha, parse_reduction(reduction), std::move(ignore_index),
-                               std::move(ood_index), label_smoothing}},
+    return Kernels::forward({{logits, target, alpha_tensor, weight,
+                              LossOptions::of(alpha, reduction, std::move(ignore_index),
+                                              std::move(ood_index), label_smoothing)},
                              align_corners},
                             counts, {statistics, unit_gradient})
         .tuple();
@@ -98,12 +89,9 @@ struct UpsampledKernels {
                              bool align_corners, const OptionalTensor& weight,
                              double label_smoothing) {
     return Kernels::backward(grad,
-                             {{logits,
-                               target,
-                               alpha_tensor,
-                               weight,
-                               {alpha, parse_reduction(reduction), std::move(ignore_index),
-                                std::move(ood_index), label_smoothing}},
+                             {{logits, target, alpha_tensor, weight,
+                               LossOptions::of(alpha, reduction, std::move(ignore_index),
+                                               std::move(ood_index), label_smoothing)},
                               align_corners},
                              counts);
   }
