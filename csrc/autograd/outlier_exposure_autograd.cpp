@@ -134,7 +134,7 @@ struct AutogradKernels {
     }
     if (node) {
       node->save_inputs(inputs, used_counts);
-      node->save_result(result);
+      node->save_result(result, inputs);
       torch::autograd::set_history(loss, node);
     }
     return result;

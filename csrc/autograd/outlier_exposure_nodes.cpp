@@ -36,9 +36,17 @@ void LossNode::save_inputs(const LossInputs& inputs, const at::Tensor& counts) {
   options_ = inputs.options;
 }
 
-OptionalTensor LossNode::unpack(Slot slot) const {
-  const at::Tensor tensor = saved_[slot].unpack();
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+LossNode::Unpacked::Unpacked(const LossNode& node) : options(node.options_) {
+  const auto unpack = [&](Slot slot) { return node.saved_[slot].unpack(); };
+  const auto unpack_optional = [&](Slot slot) {
+    const at::Tensor tensor = unpack(slot);
+    return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+  };
+  logits = unpack(kLogits);
+  target = unpack(kTarget);
+  counts = unpack(kCounts);
+  alpha = unpack_optional(kAlpha);
+  weight = unpack_optional(kWeight);
 }
 
 void LossNode::release_variables() {
@@ -48,20 +56,40 @@ void LossNode::release_variables() {
   }
 }
 
-void OutlierExposureLossBackward0::save_result(const ForwardResult& result) {
-  const auto& [loss, row_cross_entropy, row_max, row_sum_exp, counts, unit_gradient] = result;
-  saved_[kRowCrossEntropy] = save(row_cross_entropy);
-  saved_[kRowMax] = save(row_max);
-  saved_[kRowSumExp] = save(row_sum_exp);
-  if (unit_gradient.numel() > 0) {
+void FirstLossNode::release_variables() {
+  LossNode::release_variables();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  unit_gradient_.reset();
+}
+
+void FirstLossNode::save_unit_gradient(const at::Tensor& unit_gradient, const LossInputs& inputs) {
+  if (unit_gradient.dim() == inputs.logits.dim()) {  // else there is none
     unit_gradient_ = unit_gradient;
   }
 }
 
-void OutlierExposureLossBackward0::release_variables() {
-  LossNode::release_variables();
-  const std::lock_guard<std::mutex> lock(mutex_);
-  unit_gradient_.reset();
+bool FirstLossNode::may_finish_in_place(const at::Tensor& grad) const {
+  return unit_gradient_.defined() && unit_gradient_.use_count() == 1 &&
+         !torch::autograd::get_current_graph_task_keep_graph() && !at::GradMode::is_enabled() &&
+         !at::isTensorSubclassLike(grad);
+}
+
+at::Tensor FirstLossNode::alpha_gradient(const at::Tensor& grad, const Unpacked& saved,
+                                         const at::Tensor& logits) const {
+  const RowScales scales(saved.inputs(), saved.counts);
+  const at::Tensor cross_entropy = logits.defined()
+                                       ? scales.outlier_cross_entropy(logits)
+                                       : scales.of_outliers(saved_[kRowCrossEntropy].unpack());
+  return scales.alpha_gradient(grad, cross_entropy, *saved.alpha);
+}
+
+void OutlierExposureLossBackward0::save_result(const ForwardResult& result,
+                                               const LossInputs& inputs) {
+  const auto& [loss, row_cross_entropy, row_max, row_sum_exp, counts, unit_gradient] = result;
+  saved_[kRowCrossEntropy] = save(row_cross_entropy);
+  saved_[kRowMax] = save(row_max);
+  saved_[kRowSumExp] = save(row_sum_exp);
+  save_unit_gradient(unit_gradient, inputs);
 }
 
 at::Tensor OutlierExposureLossBackward0::logits_gradient(const at::Tensor& grad,
@@ -70,11 +98,7 @@ at::Tensor OutlierExposureLossBackward0::logits_gradient(const at::Tensor& grad,
   const at::Tensor row_max = saved_[kRowMax].unpack();
   const at::Tensor row_sum_exp = saved_[kRowSumExp].unpack();
   const RowStatistics statistics = {row_max, row_sum_exp, counts};
-  // In place only if this is the last backward, nobody records it, and nobody else holds the
-  // tensor.
-  if (unit_gradient_.defined() && unit_gradient_.use_count() == 1 &&
-      !torch::autograd::get_current_graph_task_keep_graph() && !at::GradMode::is_enabled() &&
-      !at::isTensorSubclassLike(grad) && !any_tangent(grad, inputs.logits, inputs.alpha_tensor)) {
+  if (may_finish_in_place(grad) && !any_tangent(grad, inputs.logits, inputs.alpha_tensor)) {
     at::Tensor gradient = std::move(unit_gradient_);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     call_backward_from_unit(gradient, grad, inputs, statistics);
@@ -90,22 +114,13 @@ variable_list OutlierExposureLossBackward0::apply(variable_list&& grads) {
   if (!grad.defined()) {
     return result;
   }
-  const at::Tensor logits = saved_[kLogits].unpack();
-  const at::Tensor target = saved_[kTarget].unpack();
-  const at::Tensor counts = saved_[kCounts].unpack();
-  const OptionalTensor alpha = unpack(kAlpha);
-  const OptionalTensor weight = unpack(kWeight);
-  const LossInputs inputs = {logits, target, alpha, weight, options_};
+  const Unpacked saved(*this);
   if (task_should_compute_output(0)) {
-    result[0] = logits_gradient(grad, inputs, counts);
+    result[0] = logits_gradient(grad, saved.inputs(), saved.counts);
   }
-  if (alpha.has_value() && task_should_compute_output(1)) {
-    const RowScales scales(inputs, counts);
-    const bool needs_history = at::GradMode::is_enabled() || any_tangent(logits);
-    const at::Tensor cross_entropy = needs_history
-                                         ? scales.outlier_cross_entropy(logits)
-                                         : scales.of_outliers(saved_[kRowCrossEntropy].unpack());
-    result[1] = scales.alpha_gradient(grad, cross_entropy, *alpha);
+  if (saved.alpha.has_value() && task_should_compute_output(1)) {
+    const bool needs_history = at::GradMode::is_enabled() || any_tangent(saved.logits);
+    result[1] = alpha_gradient(grad, saved, needs_history ? saved.logits : at::Tensor());
   }
   return result;
 }
@@ -121,22 +136,19 @@ variable_list OutlierExposureLossBackwardBackward0::apply(variable_list&& grads)
   if (!direction.defined()) {
     return result;
   }
-  const at::Tensor logits = saved_[kLogits].unpack();
-  const at::Tensor target = saved_[kTarget].unpack();
+  const Unpacked saved(*this);
   const at::Tensor grad = saved_[kGrad].unpack();
-  const OptionalTensor alpha = unpack(kAlpha);
-  const OptionalTensor weight = unpack(kWeight);
-  const RowDerivatives rows({logits, target, alpha, weight, options_}, saved_[kCounts].unpack());
+  const RowDerivatives rows(saved.inputs(), saved.counts);
   if (task_should_compute_output(0)) {
     result[0] = rows.reduce(rows.scale * rows.cross_entropy_along(direction));
   }
   if (task_should_compute_output(1)) {
     result[1] = rows.times_softmax_along(rows.scale * rows.of_rows(grad), direction)
-                    .to(logits.scalar_type());
+                    .to(saved.logits.scalar_type());
   }
-  if (alpha.has_value() && task_should_compute_output(2)) {
-    result[2] =
-        rows.alpha_gradient(grad, rows.of_outliers(rows.cross_entropy_along(direction)), *alpha);
+  if (saved.alpha.has_value() && task_should_compute_output(2)) {
+    result[2] = rows.alpha_gradient(grad, rows.of_outliers(rows.cross_entropy_along(direction)),
+                                    *saved.alpha);
   }
   return result;
 }

@@ -30,25 +30,52 @@ struct LossNode : torch::autograd::Node {
   std::array<torch::autograd::SavedVariable, kNumSlots> saved_;
   LossOptions options_;
 
-  OptionalTensor unpack(Slot slot) const;  // of a tensor that may be missing
+  // What save_inputs() saved. Keeps the tensors alive.
+  struct Unpacked {
+    explicit Unpacked(const LossNode& node);
+    LossInputs inputs() const { return {logits, target, alpha, weight, options}; }
+
+    at::Tensor logits;
+    at::Tensor target;
+    at::Tensor counts;
+    OptionalTensor alpha;
+    OptionalTensor weight;
+    const LossOptions& options;
+  };
 };
 
-// The backward of the loss. Next edges: logits, alpha.
-struct OutlierExposureLossBackward0 : LossNode {
-  std::string name() const override { return "OutlierExposureLossBackward0"; }
-  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
-  void save_result(const ForwardResult& result);
+// The base of the backwards of both losses. Next edges: logits, alpha.
+struct FirstLossNode : LossNode {
   void release_variables() override;
 
- private:
-  enum OwnSlot { kRowCrossEntropy = kFirstOwn, kRowMax, kRowSumExp };
+ protected:
+  enum FirstSlot { kRowCrossEntropy = kFirstOwn, kNextOwn };
 
-  at::Tensor logits_gradient(const at::Tensor& grad, const LossInputs& inputs,
-                             const at::Tensor& counts);
+  void save_unit_gradient(const at::Tensor& unit_gradient, const LossInputs& inputs);
+
+  // Only if this is the last backward, nobody records it, and nobody else holds the tensor.
+  bool may_finish_in_place(const at::Tensor& grad) const;
+
+  // `logits`: of the rows, for a gradient that has derivatives of its own; else undefined.
+  at::Tensor alpha_gradient(const at::Tensor& grad, const Unpacked& saved,
+                            const at::Tensor& logits) const;
 
   // The gradient for an upstream gradient of 1 that the forward wrote, or undefined. Not a saved
   // variable: nobody else holds it, so the last backward may finish it in place and return it.
   at::Tensor unit_gradient_;
+};
+
+// The backward of the loss.
+struct OutlierExposureLossBackward0 : FirstLossNode {
+  std::string name() const override { return "OutlierExposureLossBackward0"; }
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
+  void save_result(const ForwardResult& result, const LossInputs& inputs);
+
+ private:
+  enum OwnSlot { kRowMax = kNextOwn, kRowSumExp };
+
+  at::Tensor logits_gradient(const at::Tensor& grad, const LossInputs& inputs,
+                             const at::Tensor& counts);
 };
 
 // The backward of the backward operator. Next edges: grad, logits, alpha.

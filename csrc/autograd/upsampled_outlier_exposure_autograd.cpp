@@ -1,16 +1,11 @@
 // The first derivative of the loss of upsampled logits is fused. Derivatives beyond it, forward
 // mode and torch.func go by way of torch's upsampling and the loss, which have all of them.
 #include <ATen/SavedTensorHooks.h>
-#include <ATen/TensorOperators.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
-
-#include <mutex>
 
 #include "../ops/upsampled_outlier_exposure_composed.h"
 #include "../torch_compat.h"

@@ -2,7 +2,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <torch/csrc/autograd/graph_task.h>
 
 #include <mutex>
 
@@ -20,15 +19,7 @@ void UpsampledOutlierExposureLossBackward0::save(const UpsampledInputs& inputs,
     saved_[kRowCrossEntropy] =
         torch::autograd::SavedVariable(result.row_cross_entropy, /*is_output=*/false);
   }
-  if (result.unit_gradient.dim() == inputs.loss.logits.dim()) {
-    unit_gradient_ = result.unit_gradient;
-  }
-}
-
-void UpsampledOutlierExposureLossBackward0::release_variables() {
-  LossNode::release_variables();
-  const std::lock_guard<std::mutex> lock(mutex_);
-  unit_gradient_.reset();
+  save_unit_gradient(result.unit_gradient, inputs.loss);
 }
 
 at::Tensor UpsampledOutlierExposureLossBackward0::logits_gradient(const at::Tensor& grad,
@@ -42,11 +33,8 @@ at::Tensor UpsampledOutlierExposureLossBackward0::logits_gradient(const at::Tens
       (at::isTensorSubclassLike(grad) && !at::isTensorSubclassLike(unit_gradient_))) {
     return call_upsampled_backward(grad, inputs, counts);
   }
-  const bool is_last = unit_gradient_.use_count() == 1 &&
-                       !torch::autograd::get_current_graph_task_keep_graph() &&
-                       !at::isTensorSubclassLike(grad);
   at::Tensor gradient;
-  if (!is_last) {
+  if (!may_finish_in_place(grad)) {
     gradient = unit_gradient_.mul(grad);
   } else {
     gradient = std::move(unit_gradient_);
@@ -64,21 +52,15 @@ variable_list UpsampledOutlierExposureLossBackward0::apply(variable_list&& grads
   if (!grad.defined()) {
     return result;
   }
-  const at::Tensor logits = saved_[kLogits].unpack();
-  const at::Tensor target = saved_[kTarget].unpack();
-  const at::Tensor counts = saved_[kCounts].unpack();
-  const OptionalTensor alpha = unpack(kAlpha);
-  const OptionalTensor weight = unpack(kWeight);
-  const UpsampledInputs inputs = {{logits, target, alpha, weight, options_}, align_corners_};
+  const Unpacked saved(*this);
+  const UpsampledInputs inputs = {saved.inputs(), align_corners_};
   if (task_should_compute_output(0)) {
-    result[0] = logits_gradient(grad, inputs, counts);
+    result[0] = logits_gradient(grad, inputs, saved.counts);
   }
-  if (alpha.has_value() && task_should_compute_output(1)) {
-    const RowScales scales(inputs.loss, counts);
-    const at::Tensor cross_entropy = at::GradMode::is_enabled()
-                                         ? scales.outlier_cross_entropy(upsampled_logits(inputs))
-                                         : scales.of_outliers(saved_[kRowCrossEntropy].unpack());
-    result[1] = scales.alpha_gradient(grad, cross_entropy, *alpha);
+  if (saved.alpha.has_value() && task_should_compute_output(1)) {
+    const bool needs_history = at::GradMode::is_enabled();
+    result[1] =
+        alpha_gradient(grad, saved, needs_history ? upsampled_logits(inputs) : at::Tensor());
   }
   return result;
 }
