@@ -14,10 +14,7 @@ constexpr int kIgnored = -2;  // or a padding row
 // up to a multiple of kTileRowsStep; their results are not written to any tensor.
 template <typename acc_t>
 struct TileRows {
-  TileRows(int64_t first, int64_t size)
-      : first(first),
-        size(size),
-        padded((size + kTileRowsStep - 1) / kTileRowsStep * kTileRowsStep) {}
+  TileRows(int64_t first, int64_t size) : first(first), size(size), padded(padded_to_step(size)) {}
 
   int64_t first;                                 // index of the first row
   int64_t size;                                  // rows

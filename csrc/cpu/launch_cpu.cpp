@@ -80,21 +80,17 @@ int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
                   args.layout.num_classes <= std::numeric_limits<int32_t>::max(),
               "outlier_exposure_loss: on the CPU, weight may be of at most 2^31 - 1 classes, got ",
               args.layout.num_classes);
-  const ForwardDivisors first(args);
-  if (first.bad_row >= 0) {
-    return first.bad_row;
-  }
-  if (args.grad_logits != nullptr) {
-    populate_gradient(args.grad_logits, args.layout.num_rows() * args.layout.num_classes);
-  }
-  const auto run_tile = chosen_kernels().template of<scalar_t>().forward;
-  const TaskResult result = for_each_tile<scalar_t, acc_t>(
-      args.layout, args.grad_logits != nullptr ? &args.grad_layout : nullptr,
-      [&](const Tiling& tiling, int64_t tile, acc_t* scratch) {
-        return run_tile(args, tiling, tile, first.divisors, scratch);
-      });
-  write_output(args, first, result);
-  return result.bad_row;
+  return run_forward(args, [&](const GroupDivisors& divisors) {
+    if (args.grad_logits != nullptr) {
+      populate_gradient(args.grad_logits, args.layout.num_rows() * args.layout.num_classes);
+    }
+    const auto run_tile = chosen_kernels().template of<scalar_t>().forward;
+    return for_each_tile<scalar_t, acc_t>(args.layout,
+                                          args.grad_logits != nullptr ? &args.grad_layout : nullptr,
+                                          [&](const Tiling& tiling, int64_t tile, acc_t* scratch) {
+                                            return run_tile(args, tiling, tile, divisors, scratch);
+                                          });
+  });
 }
 
 template <typename scalar_t, typename acc_t>

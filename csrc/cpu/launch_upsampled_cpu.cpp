@@ -84,14 +84,10 @@ TaskResult for_each_band(const Args& args, const GroupDivisors& divisors, const 
 
 template <typename scalar_t, typename acc_t>
 int64_t forward(const UpsampledForwardArgs<scalar_t, acc_t>& args) {
-  const ForwardDivisors first(args.rows);
-  if (first.bad_row >= 0) {
-    return first.bad_row;
-  }
-  const TaskResult result = for_each_band<acc_t>(
-      args, first.divisors, chosen_kernels().template of<scalar_t>().upsampled_forward);
-  write_output(args.rows, first, result);
-  return result.bad_row;
+  return run_forward(args.rows, [&](const GroupDivisors& divisors) {
+    return for_each_band<acc_t>(args, divisors,
+                                chosen_kernels().template of<scalar_t>().upsampled_forward);
+  });
 }
 
 template <typename scalar_t, typename acc_t>

@@ -129,15 +129,20 @@ struct ForwardDivisors {
   }
 };
 
-// Writes the loss and the counts of all tasks.
-template <typename scalar_t, typename acc_t>
-void write_output(const ForwardArgs<scalar_t, acc_t>& args, const ForwardDivisors& first,
-                  TaskResult result) {
-  if (result.bad_row >= 0 || args.output.loss == nullptr) {
-    return;
+// Runs a forward: run(divisors) gives the result of all rows, whose loss and counts are written.
+// Returns the first row with an illegal label, or -1.
+template <typename scalar_t, typename acc_t, typename Run>
+int64_t run_forward(const ForwardArgs<scalar_t, acc_t>& args, const Run& run) {
+  const ForwardDivisors first(args);
+  if (first.bad_row >= 0) {
+    return first.bad_row;
   }
-  result.sums.counts = first.counts.value_or(result.sums.counts);
-  args.output.write(result.sums, args.divisor_rule, args.counts, args.layout.num_rows());
+  TaskResult result = run(first.divisors);
+  if (result.bad_row < 0 && args.output.loss != nullptr) {
+    result.sums.counts = first.counts.value_or(result.sums.counts);
+    args.output.write(result.sums, args.divisor_rule, args.counts, args.layout.num_rows());
+  }
+  return result.bad_row;
 }
 
 }  // namespace oe_ext::cpu

@@ -12,6 +12,10 @@ constexpr int64_t kMaxTileRows = 256;
 constexpr int64_t kRowCapacity = 384;
 // Padding rows fill a tile up to a multiple of this, the lanes of the widest vector.
 constexpr int64_t kTileRowsStep = 16;
+// Rounds up to whole steps of rows, or of other lanes.
+constexpr int64_t padded_to_step(int64_t size) {
+  return (size + kTileRowsStep - 1) / kTileRowsStep * kTileRowsStep;
+}
 // A few cache lines per class, and enough rows for unrolled vector loops.
 constexpr int64_t kMinTileRows = 64;
 // Scratch memory for a tile of few classes, or of pixels; it fits in cache.

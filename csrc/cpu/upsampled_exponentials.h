@@ -19,7 +19,7 @@ struct FromEnds {
   static void sum(Line<acc_t> line, int64_t num_classes, const StripMemory<acc_t>& memory,
                   acc_t* sums) {
     for (int64_t cls = 0; cls < num_classes; ++cls) {
-      set_exponentials<Segment>(line, cls, memory);
+      set_ends<Segment, true>(line, cls, memory);
     }
     for (int64_t first = 0; first < line.padded; first += kTileRowsStep) {
       alignas(64) acc_t of_lanes[Segment::kPixels][kTileRowsStep] = {};

@@ -16,10 +16,9 @@ class LaneRows {
   explicit LaneRows(const Rows& tensors) : in_lanes(tensors), tensors_(tensors) {
     point_to_buffer(in_lanes.alpha.values, alphas_);
     if constexpr (kForward) {
-      acc_t** const outputs[] = {&in_lanes.row_loss, &in_lanes.row_cross_entropy, &in_lanes.row_max,
-                                 &in_lanes.row_sum_exp};
-      for (int i = 0; i < 4; ++i) {
-        *outputs[i] = *outputs[i] != nullptr ? outputs_[i] : nullptr;
+      for (int i = 0; i < kNumOutputs; ++i) {
+        acc_t*& output = in_lanes.*output_of(i);
+        output = output != nullptr ? outputs_[i] : nullptr;
       }
     } else {
       point_to_buffer(in_lanes.grad, outputs_[0]);
@@ -46,11 +45,9 @@ class LaneRows {
 
   // Writes the outputs of a strip to the tensors.
   void write(const Strip<acc_t>& strip, int64_t first) const {
-    acc_t* const tensors[] = {tensors_.row_loss, tensors_.row_cross_entropy, tensors_.row_max,
-                              tensors_.row_sum_exp};
-    for (int i = 0; i < 4; ++i) {
-      if (tensors[i] != nullptr) {
-        to_pixels(strip, outputs_[i], tensors[i] + first);
+    for (int i = 0; i < kNumOutputs; ++i) {
+      if (acc_t* tensor = tensors_.*output_of(i); tensor != nullptr) {
+        to_pixels(strip, outputs_[i], tensor + first);
       }
     }
   }
@@ -65,6 +62,14 @@ class LaneRows {
   Rows in_lanes;
 
  private:
+  static constexpr int kNumOutputs = 4;  // of a forward, of each pixel
+
+  static constexpr auto output_of(int i) {
+    constexpr acc_t* Rows::* kOutputs[kNumOutputs] = {&Rows::row_loss, &Rows::row_cross_entropy,
+                                                      &Rows::row_max, &Rows::row_sum_exp};
+    return kOutputs[i];
+  }
+
   static bool has_pixels(const PerRow<acc_t>& values) {
     return values.data != nullptr && values.stride != 0;
   }
@@ -89,7 +94,8 @@ class LaneRows {
 
   const Rows& tensors_;
   alignas(64) acc_t alphas_[kRowCapacity];
-  alignas(64) acc_t outputs_[4][kRowCapacity];  // or, of a backward, the upstream gradient
+  alignas(
+      64) acc_t outputs_[kNumOutputs][kRowCapacity];  // or, of a backward, the upstream gradient
 };
 
 // Sums of exponentials that are smaller would have lost terms to underflow.
@@ -187,8 +193,8 @@ int64_t process_line(const Args& args, const Strip<acc_t>& strip, Line<acc_t> li
 
   bool is_safe = false;
   set_last_ends<Segment>(line, num_classes, memory);
-  set_ends<Segment>(line, num_classes, memory);
-  set_ends<Segment>(line, num_classes + 1, memory);
+  set_ends<Segment, false>(line, num_classes, memory);
+  set_ends<Segment, false>(line, num_classes + 1, memory);
   if (!wants_maxima) {
     Fast::sum(line, num_classes, memory, rows.sum_exp);
     is_safe = are_sums_safe(rows);
@@ -197,7 +203,7 @@ int64_t process_line(const Args& args, const Strip<acc_t>& strip, Line<acc_t> li
     std::fill_n(rows.max, rows.size, acc_t(0));
   } else {
     for (int64_t cls = 0; wants_maxima && cls < num_classes; ++cls) {
-      set_ends<Segment>(line, cls, memory);
+      set_ends<Segment, false>(line, cls, memory);
     }
     Careful::raise_maxima(line, num_classes, memory, rows.max);
     Careful::sum(line, num_classes, memory, rows.max, rows.sum_exp);

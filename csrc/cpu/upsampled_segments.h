@@ -136,45 +136,36 @@ OE_EXT_INLINE void append_second_ends(Line<acc_t> line, acc_t last, acc_t* ends)
 }
 
 // Sets the ends of segments in this row of pixels: of one class, or another row of StripMemory.
-template <typename Segment, typename acc_t>
+// With kExps, also their exponentials.
+template <typename Segment, bool kExps, typename acc_t>
 OE_EXT_INLINE void set_ends(Line<acc_t> line, int64_t row, const StripMemory<acc_t>& memory) {
+  constexpr acc_t kPart = acc_t(1) / Segment::kPower;
   const BetweenRows<acc_t> between(line);
   const acc_t* top = memory.top + row * memory.lanes;
   const acc_t* bottom = between.below(top, memory.bottom + row * memory.lanes);
   acc_t* x = memory.end_x(row);
+  acc_t* exps = kExps ? memory.end_exps(row) : nullptr;
 #pragma omp simd
   for (int64_t i = 0; i < line.padded; ++i) {
     x[i] = between(top[i], bottom[i]);
+    if constexpr (kExps) {
+      exps[i] = exp_of(x[i] * kPart);
+    }
   }
   if constexpr (Segment::kEnds == 2) {
     append_second_ends(line, memory.last[row], x);
+    if constexpr (kExps) {
+      append_second_ends(line, memory.last_exps[row], exps);
+    }
   }
 }
 
-// The same, with their exponentials.
-template <typename Segment, typename acc_t>
-OE_EXT_INLINE void set_exponentials(Line<acc_t> line, int64_t cls,
-                                    const StripMemory<acc_t>& memory) {
-  constexpr acc_t kPart = acc_t(1) / Segment::kPower;
-  const BetweenRows<acc_t> between(line);
-  const acc_t* top = memory.top + cls * memory.lanes;
-  const acc_t* bottom = between.below(top, memory.bottom + cls * memory.lanes);
-  acc_t* x = memory.end_x(cls);
-  acc_t* exps = memory.end_exps(cls);
-#pragma omp simd
-  for (int64_t i = 0; i < line.padded; ++i) {
-    x[i] = between(top[i], bottom[i]);
-    exps[i] = exp_of(x[i] * kPart);
-  }
-  if constexpr (Segment::kEnds == 2) {
-    append_second_ends(line, memory.last[cls], x);
-    append_second_ends(line, memory.last_exps[cls], exps);
-  }
-}
-
-// Sets the second ends of the last cell, and their exponentials.
+// Sets the second ends of the last cell, if segments have any, and their exponentials.
 template <typename Segment, typename acc_t>
 void set_last_ends(Line<acc_t> line, int64_t num_classes, const StripMemory<acc_t>& memory) {
+  if constexpr (Segment::kEnds == 1) {
+    return;
+  }
   constexpr acc_t kPart = acc_t(1) / Segment::kPower;
   const BetweenRows<acc_t> between(line);
   const acc_t* top = memory.top_last;

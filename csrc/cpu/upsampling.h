@@ -26,9 +26,7 @@ struct Strip {
   const acc_t* position;  // [num_lanes]: of a segment's first end within its cell
   const int32_t* place;   // [num_pixels]: index in its segment * padded_lanes + lane
 
-  int64_t padded_lanes() const {
-    return (num_lanes + kTileRowsStep - 1) / kTileRowsStep * kTileRowsStep;
-  }
+  int64_t padded_lanes() const { return padded_to_step(num_lanes); }
 };
 
 // The cells of one axis that have pixels: from `first` to before `end`.
@@ -90,8 +88,6 @@ class Upsampling {
   // Numbers in scratch memory for each class and lane.
   static constexpr int64_t kNumbersPerLogit = 10;
 
-  static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
   // `logits`: of the full size, in a row of cells.
   void cut_rows(int64_t logits) {
     const int64_t at_least_one = std::max<int64_t>(1, logits);
@@ -116,8 +112,8 @@ class Upsampling {
     const int64_t strip_cells = cells_of_strip(std::max<int64_t>(1, most / phases_));
     const int64_t strip_lanes =
         has_segments ? strip_cells * phases_ : std::min(strip_cells * phases_, most);
-    padded_cells_ = round_up(strip_cells + 1, kTileRowsStep);
-    padded_lanes_ = round_up(strip_lanes, kTileRowsStep);
+    padded_cells_ = padded_to_step(strip_cells + 1);
+    padded_lanes_ = padded_to_step(strip_lanes);
 
     place_.resize(axis.out);
     positions_.reserve(axis.out + columns_.size() * phases_);
@@ -137,7 +133,7 @@ class Upsampling {
   int64_t cells_of_strip(int64_t most) const {
     const int64_t num_strips = (columns_.size() + most - 1) / most;
     const int64_t lanes = (columns_.size() + num_strips - 1) / num_strips * phases_;
-    return std::clamp<int64_t>(round_up(lanes, kTileRowsStep) / phases_, 1, most);
+    return std::clamp<int64_t>(padded_to_step(lanes) / phases_, 1, most);
   }
 
   void add_strip(Strip<acc_t> strip, bool has_segments) {
@@ -214,7 +210,7 @@ struct StripMemory {
       : lanes(cuts.padded_lanes()), ends(cuts.padded_lanes() + cuts.padded_cells()) {
     const auto take = [&](int64_t numbers) {
       acc_t* array = scratch == nullptr ? nullptr : scratch + size;
-      size += (numbers + kTileRowsStep - 1) / kTileRowsStep * kTileRowsStep;
+      size += padded_to_step(numbers);
       return array;
     };
     const int64_t rows = num_classes + 2;
