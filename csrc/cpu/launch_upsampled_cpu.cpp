@@ -52,7 +52,7 @@ TaskResult for_each_band(const Args& args, const GroupDivisors& divisors, const 
   const Scratch<acc_t> partial(writes_gradient ? num_tasks * row_size : 0);
   const TaskResult result =
       for_each_task(num_tasks, grain, [&](int64_t begin, int64_t end, TaskResult* results) {
-        const FlushSubnormals flush;
+        [[maybe_unused]] const FlushSubnormals flush;
         const Scratch<acc_t> scratch(scratch_size);
         for (int64_t task = begin; task < end; ++task) {
           acc_t* shared = writes_gradient ? partial.data() + task * row_size : nullptr;
