@@ -28,15 +28,35 @@ struct ResizeAxis {
     }
   };
 
-  // source = dst * (in - 1) / (out - 1), or (dst + 0.5) * in / out - 0.5, plus 1 for the cell.
+  // Pixel dst lies at the cell and place (first + dst * step) / denominator: at
+  // dst * (in - 1) / (out - 1), or (dst + 0.5) * in / out - 0.5, plus 1 for the cell.
+  C10_HOST_DEVICE bool has_one_place() const { return align_corners && (in == 1 || out == 1); }
+  C10_HOST_DEVICE int64_t denominator() const {
+    return has_one_place() ? 1 : align_corners ? out - 1 : 2 * out;
+  }
+  C10_HOST_DEVICE int64_t step() const {
+    return has_one_place() ? 0 : align_corners ? in - 1 : 2 * in;
+  }
+  C10_HOST_DEVICE int64_t first() const { return align_corners ? denominator() : in + out; }
+
   C10_HOST_DEVICE Place place(int64_t dst) const {
-    if (out == 1 && align_corners) {
-      return {1, 0, 1};
+    const int64_t position = first() + dst * step();
+    return {position / denominator(), position % denominator(), denominator()};
+  }
+
+  // The first pixel that lies in a cell or after it; `out` if there is none.
+  C10_HOST_DEVICE int64_t begin(int64_t cell) const {
+    const int64_t distance = cell * denominator() - first();
+    if (distance <= 0 || step() == 0) {
+      return distance <= 0 ? 0 : out;
     }
-    const int64_t denominator = align_corners ? out - 1 : 2 * out;
-    const int64_t position =
-        align_corners ? dst * (in - 1) + denominator : (2 * dst + 1) * in + out;
-    return {position / denominator, position % denominator, denominator};
+    const int64_t pixel = (distance + step() - 1) / step();
+    return pixel < out ? pixel : out;
+  }
+
+  // No cell has more pixels.
+  C10_HOST_DEVICE int64_t max_pixels() const {
+    return step() == 0 ? out : (denominator() + step() - 1) / step();
   }
 
   // The pixels of a cell if all cells have as many, at the same places; else 0. Cells at the edges

@@ -32,16 +32,16 @@ struct Strip {
 // The cells of one axis that have pixels: from `first` to before `end`.
 template <typename acc_t>
 struct Cells {
-  explicit Cells(const ResizeAxis& axis) : first(axis.place(0).cell), end(first) {
+  explicit Cells(const ResizeAxis& axis)
+      : first(axis.place(0).cell), end(axis.place(axis.out - 1).cell + 1) {
     position.resize(axis.out);
     for (int64_t pixel = 0; pixel < axis.out; ++pixel) {
-      const ResizeAxis::Place place = axis.place(pixel);
-      position[pixel] = place.template fraction<acc_t>();
-      for (; end <= place.cell; ++end) {
-        begins.push_back(pixel);
-      }
+      position[pixel] = axis.place(pixel).template fraction<acc_t>();
     }
-    begins.push_back(axis.out);
+    begins.resize(size() + 1);
+    for (int64_t cell = first; cell <= end; ++cell) {
+      begins[cell - first] = axis.begin(cell);
+    }
   }
 
   int64_t size() const { return end - first; }

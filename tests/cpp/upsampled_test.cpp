@@ -5,7 +5,9 @@
 #include <c10/util/Half.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <random>
+#include <vector>
 
 #include "core/upsampled_args.h"
 #include "cpu/launch_cpu.h"
@@ -122,6 +124,27 @@ void check(const Map& map, bool channels_last) {
   for (const int64_t threads : {2, 3, 8}) {
     num_threads = threads;
     Outputs<scalar_t, acc_t>(map, logits, target.labels, channels_last).expect_bits_of(expected);
+  }
+}
+
+TEST(ResizeAxis, CellsBeginWhereTheirPixelsAre) {
+  for (const bool align_corners : {false, true}) {
+    for (int64_t in = 1; in <= 12; ++in) {
+      for (int64_t out = in; out <= 60; ++out) {
+        const ResizeAxis axis = {in, out, align_corners};
+        std::vector<int64_t> sizes(in + 1);
+        for (int64_t pixel = 0; pixel < out; ++pixel) {
+          const ResizeAxis::Place place = axis.place(pixel);
+          ASSERT_GE(pixel, axis.begin(place.cell)) << in << " -> " << out;
+          ASSERT_LT(pixel, axis.begin(place.cell + 1)) << in << " -> " << out;
+          ++sizes.at(place.cell);
+        }
+        EXPECT_EQ(axis.begin(0), 0);
+        EXPECT_EQ(axis.begin(in + 1), out);
+        EXPECT_GE(axis.max_pixels(), *std::max_element(sizes.begin(), sizes.end()));
+        EXPECT_LE(axis.max_pixels(), in == 1 ? out : out / (in - 1) + 1);
+      }
+    }
   }
 }
 
