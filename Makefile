@@ -115,11 +115,11 @@ test-asan-python: $(BUILT)  ## Python tests of the CPU operators, compiled with 
 	  $(abspath $(PY)) -m pytest -q -k "not simt" \
 	    $(abspath $(call test_files,values layouts edges errors autograd unit_gradient stats vmap module cpu_kernels)) $(ARGS)
 
-# As the tests do, but with the kernels of lesser processors.
-test-levels: $(BUILT)  ## the CPU tests at every capability below this processor's: minutes
+# With the kernels of lesser processors: the tests of what they compute.
+test-levels: $(BUILT)  ## the operators' tests at every capability below this processor's: minutes
 	for level in default avx2; do \
 	  ATEN_CPU_CAPABILITY=$$level $(PY) -m pytest -q $(PARALLEL) \
-	    -m "$(MARKERS)" -k "not simt" $(ARGS) || exit 1; \
+	    -m "$(MARKERS)" -k "not simt" tests/ops $(call test_files,cpu_kernels) $(ARGS) || exit 1; \
 	done
 
 test-packaging: $(BUILT) dist  ## what dist made, pip with and without isolation, JIT: minutes
