@@ -193,7 +193,8 @@ def outlier_exposure_loss(
             logits of that size in memory, and in float32 for half types. Logits of the target's
             size give the loss itself. Where the target is smaller, for ``weight`` together with
             ``label_smoothing``, for derivatives beyond the first, and under ``torch.func``, the
-            logits are interpolated by torch, in memory; on CUDA for now, always.
+            logits are interpolated by torch, in memory; so they are on CUDA for more classes than
+            shared memory holds, some hundreds.
         align_corners: as in :func:`torch.nn.functional.interpolate`.
         process_group: the processes that share a batch; each holds a part of it. ``"world"`` means
             all processes at the time of the call; before ``init_process_group()``, when

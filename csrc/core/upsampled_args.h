@@ -6,6 +6,11 @@
 
 namespace oe_ext {
 
+// The exponentials of a pixel are relative to what is interpolated between the largest logits of
+// its corners. Sums of them that are smaller would have lost terms to underflow.
+template <typename acc_t>
+constexpr acc_t kMinSum = sizeof(acc_t) == 4 ? acc_t(0x1p-84) : acc_t(0x1p-900);
+
 // A map [N, C, h, w] with its strides in elements.
 template <typename T>
 struct ImageView {

@@ -8,6 +8,8 @@ namespace {
 struct CpuBackend {
   static constexpr bool kSpreadsSmoothing = true;
 
+  static bool fits(const UpsampledInputs&) { return true; }
+
   template <typename Args>
   static int64_t forward(const Args& args) {
     return cpu::forward(args);

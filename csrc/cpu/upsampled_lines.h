@@ -98,10 +98,6 @@ class LaneRows {
       64) acc_t outputs_[kNumOutputs][kRowCapacity];  // or, of a backward, the upstream gradient
 };
 
-// Sums of exponentials that are smaller would have lost terms to underflow.
-template <typename acc_t>
-constexpr acc_t kMinSum = sizeof(acc_t) == 4 ? acc_t(0x1p-84) : acc_t(0x1p-900);
-
 // Are the exponentials from the ends of segments enough for these pixels? A NaN must not reach the
 // factor 0 of a pixel that does not count.
 template <typename acc_t>

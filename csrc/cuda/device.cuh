@@ -59,12 +59,19 @@ __device__ inline float exp2_approx(float x) {
 }
 #endif
 
+// What power() raises to x: 2 in float, e in double; and the logarithm of e to that base.
+__device__ inline float power(float x) { return exp2_approx(x); }
+__device__ inline double power(double x) { return std::exp(x); }
+template <typename acc_t>
+constexpr acc_t kLogOfE = 1;
+template <>
+constexpr float kLogOfE<float> = 1.44269504088896341f;
+
 // e^x of a logit minus a maximum.
-__device__ inline float exponential(float x) {
-  constexpr float kLog2OfE = 1.44269504088896341f;
-  return exp2_approx(x * kLog2OfE);
+template <typename acc_t>
+__device__ acc_t exponential(acc_t x) {
+  return power(x * kLogOfE<acc_t>);
 }
-__device__ inline double exponential(double x) { return std::exp(x); }
 
 // The value of the lane whose index differs in the bits of `mask`.
 template <typename T>

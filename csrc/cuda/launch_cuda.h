@@ -13,9 +13,12 @@
 // the forward's kernel if a gradient, or a mean with class weights, needs counts that nobody gave
 // and there are many rows, and write_loss after it if the loss is a scalar. Every dtype runs the
 // same kernels: double in double, float, Half and BFloat16 in float.
+//
+// Upsampled logits have the *_upsampled_kernel in any layout, for patches of pixels of two sizes,
+// and add_bands after it.
 #pragma once
 
-#include "../core/kernel_args.h"
+#include "../core/upsampled_args.h"
 
 #ifndef SIMT_CPU
 #include <cuda_runtime_api.h>
@@ -47,5 +50,19 @@ void forward(const ForwardArgs<scalar_t, acc_t>& args, void* scratch, Stream str
 
 template <typename scalar_t, typename acc_t>
 void backward(const BackwardArgs<scalar_t, acc_t>& args, Stream stream);
+
+// Those of upsampled logits. A scratch of scratch_bytes(), aligned to 16 bytes.
+template <typename scalar_t, typename acc_t>
+void forward(const UpsampledForwardArgs<scalar_t, acc_t>& args, void* scratch, Stream stream);
+
+template <typename scalar_t, typename acc_t>
+void backward(const UpsampledBackwardArgs<scalar_t, acc_t>& args, void* scratch, Stream stream);
+
+template <typename Args>
+int64_t scratch_bytes(const Args& args);
+
+// Do the kernels take a target of this size? The gradients of all classes must fit the shared
+// memory of the current device.
+bool fits_upsampled(int64_t num_classes, int64_t height, int64_t width, bool is_double);
 
 }  // namespace oe_ext::cuda

@@ -28,6 +28,19 @@ __global__ void __launch_bounds__(kReduceThreads, kMinBlocks)
   }
 }
 
+// Writes the loss and the counts of all rows. All threads of a block must call it.
+template <typename acc_t>
+__device__ void write_loss(const LossOutput<acc_t>& output, const DivisorRule& rule,
+                           const double* counts, int64_t num_rows, const Partials& partials) {
+  GroupSums sums = merge_partials(partials.sums, partials.num_sums);
+  if (partials.counts != nullptr) {
+    sums.counts = merge_partials(partials.counts, partials.num_counts);
+  }
+  if (threadIdx.x == 0) {
+    output.write(sums, rule, counts, num_rows);
+  }
+}
+
 // The loss and the counts of all rows.
 // Work split:  one block; thread i takes partials i, i + threads, ...
 // Reads:       partials.sums [num_sums]; partials.counts [num_counts], if there; counts [2], if
@@ -38,13 +51,7 @@ template <typename acc_t>
 __global__ void __launch_bounds__(kReduceThreads, kMinBlocks)
     outlier_exposure_write_loss_kernel(LossOutput<acc_t> output, DivisorRule rule,
                                        const double* counts, int64_t num_rows, Partials partials) {
-  GroupSums sums = merge_partials(partials.sums, partials.num_sums);
-  if (partials.counts != nullptr) {
-    sums.counts = merge_partials(partials.counts, partials.num_counts);
-  }
-  if (threadIdx.x == 0) {
-    output.write(sums, rule, counts, num_rows);
-  }
+  write_loss(output, rule, counts, num_rows, partials);
 }
 
 }  // namespace oe_ext::cuda

@@ -44,8 +44,11 @@ class Stage {
  public:
   using Unit = Vector<acc_t, kSize>;
 
-  __device__ Stage(unsigned char* shared, int capacity) {
-    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  __device__ Stage(unsigned char* shared, int capacity)
+      : Stage(shared, capacity, static_cast<int>(threadIdx.x) / kWarpSize) {}
+
+  // That of the same lane of another warp.
+  __device__ Stage(unsigned char* shared, int capacity, int warp) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     mine_ = reinterpret_cast<Piece*>(shared) + warp * capacity * kPieces * kWarpSize + lane;
   }

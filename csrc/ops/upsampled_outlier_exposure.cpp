@@ -51,14 +51,6 @@ using Kernels = UpsampledKernels<void>;
 
 }  // namespace
 
-bool UpsampledInputs::has_equal_sizes() const {
-  const at::Tensor& logits = loss.logits;
-  const at::Tensor& target = loss.target;
-  return logits.dim() == 4 && target.dim() == 3 &&
-         TORCH_GUARD_OR_FALSE(logits.sym_size(2).sym_eq(target.sym_size(1))) &&
-         TORCH_GUARD_OR_FALSE(logits.sym_size(3).sym_eq(target.sym_size(2)));
-}
-
 at::Tensor call_upsampled_loss(const UpsampledInputs& inputs) {
   static const auto number =
       find_operator<decltype(Kernels::loss)>("oe_ext::upsampled_outlier_exposure_loss");

@@ -12,7 +12,12 @@ struct UpsampledInputs {
   LossInputs loss;
   bool align_corners = false;
 
-  bool has_equal_sizes() const;
+  bool has_equal_sizes() const {
+    const auto& [logits, target, alpha, weight, options] = loss;
+    return logits.dim() == 4 && target.dim() == 3 &&
+           TORCH_GUARD_OR_FALSE(logits.sym_size(2).sym_eq(target.sym_size(1))) &&
+           TORCH_GUARD_OR_FALSE(logits.sym_size(3).sym_eq(target.sym_size(2)));
+  }
 };
 
 // What a forward is asked for beside the loss.

@@ -1,6 +1,7 @@
 // The entry points of a backend with kernels for upsampled logits, like those of
 // outlier_exposure_backend.h. The backend supplies the same two function templates for
-// UpsampledForwardArgs and UpsampledBackwardArgs.
+// UpsampledForwardArgs and UpsampledBackwardArgs, and fits_upsampled(num_classes, is_double): do
+// its kernels take so many classes?
 #pragma once
 
 #include "../core/upsampled_args.h"
@@ -99,12 +100,13 @@ struct UpsampledBackendKernels {
   }
 
  private:
-  // What the kernels do not do: fewer pixels than logits, and class weights with label smoothing.
+  // What the kernels do not do: fewer pixels than logits, class weights with label smoothing, and
+  // what does not fit them.
   static bool is_composed(const UpsampledInputs& inputs) {
     const auto& [logits, target, alpha_tensor, weight, options] = inputs.loss;
     const bool is_smaller = target.size(1) < logits.size(2) || target.size(2) < logits.size(3);
     return (target.numel() > 0 && is_smaller) ||
-           (weight.has_value() && options.label_smoothing != 0);
+           (weight.has_value() && options.label_smoothing != 0) || !Backend::fits(inputs);
   }
 
   template <typename scalar_t, typename Rows>

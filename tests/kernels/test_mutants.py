@@ -18,19 +18,24 @@ import torch
 from mutants import MUTANTS_OF_WORK, Mutant
 from mutants_of_launch import MUTANTS_OF_LAUNCH
 from mutants_of_meaning import MUTANTS_OF_MEANING
+from mutants_of_upsampled import MUTANTS_OF_UPSAMPLED
 from paths import ROOT
 
 pytestmark = pytest.mark.mutants
 
-MUTANTS = MUTANTS_OF_WORK + MUTANTS_OF_LAUNCH + MUTANTS_OF_MEANING
+MUTANTS = MUTANTS_OF_WORK + MUTANTS_OF_LAUNCH + MUTANTS_OF_MEANING + MUTANTS_OF_UPSAMPLED
 
 SEEDS = (1, 2, 3)
-# The wrong copies are compiled for two dtypes: every way is in both.
+# The wrong copies are compiled for two dtypes of the kernels that they belong to: every way is in
+# both.
 TWO_DTYPES = (torch.float32, torch.bfloat16)
-NUMBERS = [i for i, case in enumerate(simt_cases.CASES) if case.dtype in TWO_DTYPES]
 
 
-def build(mutant: Mutant, folder: Path) -> Path:
+def is_upsampled(mutant: Mutant) -> bool:
+    return mutant in MUTANTS_OF_UPSAMPLED
+
+
+def build(mutant: Mutant, folder: Path, upsampled: bool) -> Path:
     """The library of a tree with one bug more."""
     for part in ("csrc", "tests/simt"):
         shutil.copytree(ROOT / part, folder / part)
@@ -39,9 +44,9 @@ def build(mutant: Mutant, folder: Path) -> Path:
     assert text.count(mutant.old) == 1, f"{mutant.name}: its place in {mutant.file} has changed"
     file.write_text(text.replace(mutant.old, mutant.new))
     made = folder / "kernels.so"
-    simt_device.compile_kernels(
-        folder, made, ["-O1", "-DOE_EXT_SIMT_TWO_DTYPES", *simt_device.KERNEL_FLAGS]
-    )
+    kernels = "UPSAMPLED" if upsampled else "ROWS"
+    flags = ["-O1", f"-DOE_EXT_SIMT_{kernels}", *simt_device.KERNEL_FLAGS]
+    simt_device.compile_kernels(folder, made, flags)
     return made
 
 
@@ -57,17 +62,25 @@ def libraries(tmp_path_factory) -> Iterator[dict[str, Future[Path]]]:
     simt_device.load()
     folders = [tmp_path_factory.mktemp("mutant") for _ in MUTANTS]
     with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(build, *pair) for pair in zip(MUTANTS, folders, strict=True)]
+        futures = [
+            pool.submit(build, mutant, folder, is_upsampled(mutant))
+            for mutant, folder in zip(MUTANTS, folders, strict=True)
+        ]
         yield {mutant.name: future for mutant, future in zip(MUTANTS, futures, strict=True)}
         pool.shutdown(cancel_futures=True)
 
 
-def killer(library: Path) -> str | None:
+def killer(library: Path, upsampled: bool) -> str | None:
     """What kills it: the check, what it said, and in which case."""
+    numbers = [
+        number
+        for number, case in enumerate(simt_cases.CASES)
+        if case.dtype in TWO_DTYPES and (case.size is not None) == upsampled
+    ]
     simt_device.use_kernels(library)
     try:
         for seed in SEEDS:
-            for number in NUMBERS:
+            for number in numbers:
                 try:
                     simt_runs.run(number, seed)
                 except simt_runs.CheckError as error:
@@ -83,7 +96,7 @@ def test_there_are_enough():
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_it_dies(mutant, libraries, fates, record_property):
-    killed_by = killer(libraries[mutant.name].result())
+    killed_by = killer(libraries[mutant.name].result(), is_upsampled(mutant))
     record_property("mutant", f"{mutant.name}: {killed_by or 'SURVIVED'}")
     assert killed_by is not None
     fates.append(killed_by)
@@ -105,7 +118,9 @@ def test_every_check_kills_one(fates):
         assert any(word in fate for fate in fates), f"no mutant dies of: {word}"
 
 
-def test_the_real_kernels_compiled_in_the_same_way_live(tmp_path):
+@pytest.mark.parametrize("upsampled", [False, True])
+def test_the_real_kernels_compiled_in_the_same_way_live(tmp_path, upsampled):
     """What kills the mutants is the bug, not how they are made."""
-    nothing = Mutant("none", "csrc/cuda/launch_cuda.cu", "namespace {\n", "namespace {\n")
-    assert killer(build(nothing, tmp_path / "tree")) is None
+    text = "namespace oe_ext::cuda {\n\n"
+    nothing = Mutant("none", "csrc/cuda/device.cuh", text, text)
+    assert killer(build(nothing, tmp_path / "tree", upsampled), upsampled) is None

@@ -95,11 +95,17 @@ def test_no_kernel_computes_an_offset_in_int():
         "i", "k", "r", "n", "first", "slot", "capacity", "piece", "chain", "cls",  # of a stage
         "count", "num_classes",  # of a stage, or of a lane among many
         "owner", "head", "elements_to_boundary", "element", "label",  # of a vector
+        # of upsampled logits, whose axes and classes fit an int
+        "kMaxUpsampledThreads", "kMinUpsampledBlocks", "kOwnColumns", "kCorners", "kCount",
+        "cell", "band", "first_cell", "second", "begin", "size", "row", "first_row",
+        "first_column", "step", "argmax", "side", "side_size_",
         "bits", "bit", "position",  # of 16 bytes
         "num_partials", "num_counts", "num_sums",  # at most kMaxBlocks
     }  # fmt: skip
     found = set()
-    for path in (ROOT / "csrc" / "cuda").glob("*.cuh"):
+    for path in set((ROOT / "csrc" / "cuda").glob("*.cuh")) - {
+        ROOT / "csrc" / "cuda" / "launch_kernel.cuh"  # no kernel
+    }:
         code = re.sub(r"//.*", "", path.read_text())
         assert not re.search(r"\b(unsigned|uint32_t|int32_t)\s+\w+\s*=[^;]*\bblockIdx", code)
         found |= set(re.findall(r"\bint\s+(\w+)", code))
@@ -115,7 +121,7 @@ def test_the_launcher_knows_the_launch_bounds():
     assert len(declared) == kernels.count("__global__ ") > 5
     launched = re.findall(
         r"OE_EXT_LAUNCH\(\(?(\w+_kernel)(?:<[^>]*>)?\)?,\s+(\w+),",
-        (cuda / "launch_cuda.cu").read_text(),
+        "".join(path.read_text() for path in (*cuda.glob("*.cu"), cuda / "launch_kernel.cuh")),
     )
     assert dict(launched) == {kernel: bound for bound, kernel in declared}
 
@@ -130,6 +136,8 @@ GUARDED = """
 import torch, simt_device
 from oe_ext import outlier_exposure_loss
 simt_device.load()
+forward = torch.ops.oe_ext._upsampled_outlier_exposure_loss_forward
+backward = torch.ops.oe_ext._upsampled_outlier_exposure_loss_backward
 torch.manual_seed(0)
 cases = []
 for shape in [(40, 10), (2100, 2), (3, 1032), (2, 19, 8, 8)]:
@@ -141,6 +149,12 @@ for shape in [(40, 10), (2100, 2), (3, 1032), (2, 19, 8, 8)]:
             # On the host: the operators look at the weights of a CPU tensor, which this one is.
             weighted = {"weight": torch.rand(shape[1])}
             cases.append((logits, target, torch.tensor(0.5), one, weighted, reduction))
+maps = []
+for height in (9, 18):
+    for reduction in ("mean", "none"):
+        target = torch.randint(-2, 3, (2, 36, 16))
+        one = torch.ones(target.shape if reduction == "none" else ())
+        maps.append((torch.randn(2, 3, height, 4), target, one, reduction))
 with simt_device.active(), simt_device.guarded() as on_device:
     for *tensors, weighted, reduction in cases:
         logits, target, alpha, one = map(on_device, tensors)
@@ -149,6 +163,12 @@ with simt_device.active(), simt_device.guarded() as on_device:
         for a, options in ((0.5, {}), (alpha, {}), (0.5, weighted), (0.5, smoothed)):
             loss = outlier_exposure_loss(logits, target, a, reduction, **options)
             (grad,) = torch.autograd.grad(loss, logits, one)
+    # Autograd would multiply the gradient of upsampled logits by the upstream one: here, the host.
+    for logits, target, one, reduction in maps:
+        logits, target, one = map(on_device, (logits, target, one))
+        options = (0.5, None, reduction, None, None, False)
+        *_, counts, _ = forward(logits, target, *options, True, reduction == "mean")
+        backward(one, logits, target, counts, *options)
     print("looks", flush=True)
     {after}
 print("done")
@@ -188,6 +208,7 @@ def executed_lines(library: Path) -> dict[tuple[str, int, str], int]:
     return counts
 
 
+@pytest.mark.mutants
 def test_every_line_of_the_kernels_is_executed(tmp_path, record_property):
     """Of the kernels and launchers, in each of the four dtypes."""
     library = tmp_path / "kernels.so"
@@ -206,8 +227,8 @@ for case in simt_cases.CASES:
     lines = {(file, line) for file, line, _ in counts}
     assert len(lines) > 150, "gcov found no kernels"
     assert {file for file, _ in lines} == {
-        "device.cuh", "launch_cuda.cu", "pixels.cuh", "reduce.cuh", "rows.cuh", "units.cuh",
-    }  # fmt: skip
+        path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu*")
+    }
     missed = sorted(key for key, count in counts.items() if count == 0)
     share = 100 * (1 - len(missed) / len(counts))
     record_property(

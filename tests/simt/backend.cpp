@@ -6,7 +6,7 @@
 #include <memory>
 #include <sstream>
 
-#include "../../csrc/ops/outlier_exposure_backend.h"
+#include "../../csrc/ops/upsampled_outlier_exposure_backend.h"
 #include "guard.h"
 #include "launchers.h"
 #include "simt.h"
@@ -14,8 +14,14 @@
 
 namespace oe_ext {
 
-// For the linker: a derivative that no backend computes calls it.
+// For the linker: what is composed of other operators calls them.
 at::Tensor call_loss(const LossInputs&) { TORCH_CHECK(false, "call_loss: not in the harness"); }
+ForwardResult call_forward(const LossInputs&, const OptionalTensor&, std::optional<bool>) {
+  TORCH_CHECK(false, "call_forward: not in the harness");
+}
+at::Tensor call_backward(const at::Tensor&, const LossInputs&, const RowStatistics&) {
+  TORCH_CHECK(false, "call_backward: not in the harness");
+}
 
 namespace {
 
@@ -27,6 +33,11 @@ void use_kernels(std::string_view path) {
   const auto get = reinterpret_cast<const Launchers* (*)()>(dlsym(library, kGetLaunchers));
   TORCH_CHECK(get != nullptr, dlerror());
   launchers = get();
+}
+
+template <typename scalar_t, typename acc_t>
+const LaunchersOf<scalar_t, acc_t>& launchers_of() {
+  return std::get<LaunchersOf<scalar_t, acc_t>>(launchers->of_dtypes);
 }
 
 template <typename scalar_t>
@@ -50,48 +61,146 @@ size_t bytes_of(const PerRow<T>& values, int64_t num_rows) {
   return num_rows == 0 ? 0 : ((num_rows - 1) * values.stride + 1) * sizeof(T);
 }
 
+template <typename scalar_t, typename Rows, typename T>
+size_t extent(const UpsampledArgs<scalar_t, Rows>& args, const ImageView<T>& view) {
+  if (args.num_images == 0) {
+    return 0;
+  }
+  const int64_t last =
+      (args.num_images - 1) * view.image_stride + (args.num_classes() - 1) * view.class_stride +
+      (args.vertical.in - 1) * view.row_stride + (args.horizontal.in - 1) * view.column_stride;
+  return (last + 1) * sizeof(T);
+}
+
+// What all kernels may touch of rows.
+template <typename acc_t>
+struct WatchedRows {
+  template <typename Args>
+  explicit WatchedRows(const Args& args)
+      : bytes(args.layout.num_rows() * sizeof(acc_t)),
+        labels("target", args.labels.data, bytes_of(args.labels, args.layout.num_rows())),
+        alpha("alpha", args.alpha.values.data, bytes_of(args.alpha.values, args.layout.num_rows())),
+        class_weights("weight", args.class_weights.data,
+                      args.labels.rule.num_classes * sizeof(acc_t)),
+        given_counts("given_counts", args.counts, 2 * sizeof(double)) {}
+
+  size_t bytes;  // of one number a row
+  simt::Watch labels;
+  simt::Watch alpha;
+  simt::Watch class_weights;
+  simt::Watch given_counts;
+};
+
+// What the kernels of a forward may touch of its rows.
+template <typename acc_t>
+struct WatchedForward {
+  template <typename Args>
+  explicit WatchedForward(const Args& args)
+      : rows(args),
+        row_loss("row_loss", args.row_loss, rows.bytes),
+        cross_entropy("row_cross_entropy", args.row_cross_entropy, rows.bytes),
+        max("row_max", args.row_max, rows.bytes),
+        sum_exp("row_sum_exp", args.row_sum_exp, rows.bytes),
+        loss("loss", args.output.loss, sizeof(acc_t)),
+        counts("counts", args.output.counts, 2 * sizeof(double)) {}
+
+  WatchedRows<acc_t> rows;
+  simt::Watch row_loss;
+  simt::Watch cross_entropy;
+  simt::Watch max;
+  simt::Watch sum_exp;
+  simt::Watch loss;
+  simt::Watch counts;
+};
+
+// And those of a backward.
+template <typename acc_t>
+struct WatchedBackward {
+  template <typename Args>
+  explicit WatchedBackward(const Args& args)
+      : rows(args),
+        upstream("grad", args.grad.data, bytes_of(args.grad, args.layout.num_rows())),
+        max("row_max", args.row_max, rows.bytes),
+        sum_exp("row_sum_exp", args.row_sum_exp, rows.bytes) {}
+
+  WatchedRows<acc_t> rows;
+  simt::Watch upstream;
+  simt::Watch max;
+  simt::Watch sum_exp;
+};
+
+// The maps of both, or the logits and gradients of rows.
+struct WatchedMaps {
+  template <typename scalar_t, typename Rows>
+  explicit WatchedMaps(const UpsampledArgs<scalar_t, Rows>& args)
+      : logits("logits", args.logits.data, extent(args, args.logits)),
+        gradient("grad_logits", args.grad.data, extent(args, args.grad)) {}
+
+  template <typename scalar_t, typename acc_t>
+  explicit WatchedMaps(const RowArgs<scalar_t, acc_t>& args)
+      : logits("logits", args.logits, extent<scalar_t>(args.layout)),
+        gradient("grad_logits", args.grad_logits, extent<scalar_t>(args.grad_layout)) {}
+
+  simt::Watch logits;
+  simt::Watch gradient;
+};
+
+// Scratch memory, of NaN.
+struct Scratch {
+  explicit Scratch(int64_t bytes)
+      : words((bytes + sizeof(uint64_t) - 1) / sizeof(uint64_t), ~uint64_t(0)),
+        watch("scratch", words.data(), bytes) {}
+
+  std::vector<uint64_t> words;
+  simt::Watch watch;
+};
+
 struct SimtBackend {
   static constexpr bool kSpreadsSmoothing = false;  // like the backend that it plays
 
+  static bool fits(const UpsampledInputs& inputs) {
+    const auto& [logits, target, alpha, weight, options] = inputs.loss;
+    return launchers->fits_upsampled(logits.size(1), target.size(1), target.size(2),
+                                     logits.scalar_type() == at::kDouble);
+  }
+
   template <typename scalar_t, typename acc_t>
   static int64_t forward(const ForwardArgs<scalar_t, acc_t>& args) {
-    const int64_t num_rows = args.layout.num_rows();
-    const size_t row_bytes = num_rows * sizeof(acc_t);
-    std::vector<uint64_t> scratch(cuda::kScratchBytes / sizeof(uint64_t), ~uint64_t(0));  // NaN
-    const simt::Watch logits("logits", args.logits, extent<scalar_t>(args.layout));
-    const simt::Watch gradient("grad_logits", args.grad_logits, extent<scalar_t>(args.grad_layout));
-    const simt::Watch labels("target", args.labels.data, bytes_of(args.labels, num_rows));
-    const simt::Watch alpha("alpha", args.alpha.values.data, bytes_of(args.alpha.values, num_rows));
-    const simt::Watch class_weights("weight", args.class_weights.data,
-                                    args.labels.rule.num_classes * sizeof(acc_t));
-    const simt::Watch row_loss("row_loss", args.row_loss, row_bytes);
-    const simt::Watch cross_entropy("row_cross_entropy", args.row_cross_entropy, row_bytes);
-    const simt::Watch max("row_max", args.row_max, row_bytes);
-    const simt::Watch sum_exp("row_sum_exp", args.row_sum_exp, row_bytes);
-    const simt::Watch given_counts("given_counts", args.counts, 2 * sizeof(double));
-    const simt::Watch loss("loss", args.output.loss, sizeof(acc_t));
-    const simt::Watch counts("counts", args.output.counts, 2 * sizeof(double));
-    const simt::Watch partials("scratch", scratch.data(), cuda::kScratchBytes);
-    std::get<LauncherPair<scalar_t, acc_t>>(*launchers).forward(args, scratch.data(), nullptr);
+    const WatchedMaps maps(args);
+    const WatchedForward<acc_t> rows(args);
+    Scratch scratch(cuda::kScratchBytes);
+    launchers_of<scalar_t, acc_t>().forward(args, scratch.words.data(), nullptr);
     simt::end_launcher();
     return -1;
   }
 
   template <typename scalar_t, typename acc_t>
   static int64_t backward(const BackwardArgs<scalar_t, acc_t>& args) {
-    const int64_t num_rows = args.layout.num_rows();
-    const size_t row_bytes = num_rows * sizeof(acc_t);
-    const simt::Watch logits("logits", args.logits, extent<scalar_t>(args.layout));
-    const simt::Watch gradient("grad_logits", args.grad_logits, extent<scalar_t>(args.grad_layout));
-    const simt::Watch labels("target", args.labels.data, bytes_of(args.labels, num_rows));
-    const simt::Watch alpha("alpha", args.alpha.values.data, bytes_of(args.alpha.values, num_rows));
-    const simt::Watch class_weights("weight", args.class_weights.data,
-                                    args.labels.rule.num_classes * sizeof(acc_t));
-    const simt::Watch upstream("grad", args.grad.data, bytes_of(args.grad, num_rows));
-    const simt::Watch max("row_max", args.row_max, row_bytes);
-    const simt::Watch sum_exp("row_sum_exp", args.row_sum_exp, row_bytes);
-    const simt::Watch counts("counts", args.counts, 2 * sizeof(double));
-    std::get<LauncherPair<scalar_t, acc_t>>(*launchers).backward(args, nullptr);
+    const WatchedMaps maps(args);
+    const WatchedBackward<acc_t> rows(args);
+    launchers_of<scalar_t, acc_t>().backward(args, nullptr);
+    simt::end_launcher();
+    return -1;
+  }
+
+  template <typename scalar_t, typename acc_t>
+  static int64_t forward(const UpsampledForwardArgs<scalar_t, acc_t>& args) {
+    const WatchedMaps maps(args);
+    const WatchedForward<acc_t> rows(args.rows);
+    const simt::Watch argmax("row_argmax", args.row_argmax,
+                             args.rows.layout.num_rows() * sizeof(*args.row_argmax));
+    Scratch scratch(launchers_of<scalar_t, acc_t>().forward_scratch(args));
+    launchers_of<scalar_t, acc_t>().upsampled_forward(args, scratch.words.data(), nullptr);
+    simt::end_launcher();
+    return -1;
+  }
+
+  template <typename scalar_t, typename acc_t>
+  static int64_t backward(const UpsampledBackwardArgs<scalar_t, acc_t>& args) {
+    const WatchedMaps maps(args);
+    const WatchedBackward<acc_t> rows(args.rows);
+    Scratch scratch(launchers_of<scalar_t, acc_t>().backward_scratch(args));
+    launchers_of<scalar_t, acc_t>().upsampled_backward(args, scratch.words.data(), nullptr);
     simt::end_launcher();
     return -1;
   }
@@ -141,6 +250,7 @@ void activate() {
   active = std::make_unique<torch::Library>(torch::Library::IMPL, "oe_ext", c10::DispatchKey::CPU,
                                             __FILE__, __LINE__);
   register_backend<SimtBackend>(*active);
+  register_upsampled_backend<SimtBackend>(*active);
 }
 
 void deactivate() { active.reset(); }

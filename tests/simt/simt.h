@@ -113,6 +113,13 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return simt::exchange(mask, value, static_cast<int>(simt::lane()) ^ lane_mask, "__shfl_xor_sync");
 }
 
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
+  const unsigned source = ::simt::lane() + delta;
+  return simt::exchange(mask, value, source < 32 ? static_cast<int>(source) : -1,
+                        "__shfl_down_sync");
+}
+
 // 2^x as wrong as a GPU's may be: off by up to 2 units in the last place (the bound that the PTX
 // ISA gives for ex2.approx), here by an amount that depends on the bits of x; 0 where it would not
 // be a normal number; exact at 0 and infinity.

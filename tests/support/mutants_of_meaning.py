@@ -23,8 +23,8 @@ MUTANTS_OF_MEANING = [
     Mutant(
         "the exponential has another base",
         DEVICE,
-        "return exp2_approx(x * kLog2OfE);",
-        "return exp2_approx(x);",
+        "return power(x * kLogOfE<acc_t>);",
+        "return power(x);",
     ),
     Mutant(
         "exponentials in the stage are relative to the lane's maximum",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from inputs import IGNORE, LAYOUTS, make_logits, make_target
+from simt_upsampled import make_upsampled_cases
 from torch import Tensor
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -36,24 +37,40 @@ class Case:
     broken: bool = False  # NaN in inliers of the first class, which has a weight of 0 if weighted
     limits: dict[str, int] = field(default_factory=dict)
     reads_twice: bool = False  # a row does not fit the stage
+    # The size of the target, where the logits are upsampled to it; `shape` is the logits'.
+    size: tuple[int, int] | None = None
+    align_corners: bool = False
+    statistics: bool = False  # are asked for
+    blocks: bool = False  # neighbouring labels are equal
+    steep: float = 0.0  # what the largest logits of neighbouring elements differ by
     # All logits move 16 bytes at a time, but those at both ends of a row that is no multiple of it.
     wide: bool = False
     counted: bool = True
 
     def __str__(self) -> str:
         parts = ["x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")]
+        if self.size is not None:
+            parts[:1] += ["to", "x".join(map(str, self.size))]
         parts += [self.layout, self.reduction, self.mix, f"alpha-{self.alpha}"]
         if self.upstream != 1.0:
             parts.append(f"upstream-{self.upstream}")
         flags = ("weighted", "direct", "forward", "retain", "poison", "broken", "apart")
+        flags += ("align_corners", "statistics", "blocks")
         parts += [name for name in flags if getattr(self, name)]
         parts += [f"smoothing-{self.smoothing}"] if self.smoothing else []
         parts += [f"counts-{self.counts}"] if self.counts else []
         parts += [f"parts-{self.parts}"] if self.parts > 1 else []
         parts += [f"huge-{self.huge}"] if self.huge != 1 else []
+        parts += [f"steep-{self.steep}"] if self.steep else []
+        parts += [f"offset-{self.offset}"] if self.offset else []
         parts += [str(self.label_dtype)] if self.label_dtype != torch.int64 else []
         parts += [f"{name}-{value}" for name, value in self.limits.items()]
         return "-".join(parts)
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Of the logits that have a label each."""
+        return self.shape if self.size is None else (*self.shape[:2], *self.size)
 
 
 def padded(x: Tensor) -> Tensor:
@@ -307,7 +324,8 @@ def make_cases() -> list[Case]:
         Case((0, 5), upstream=1.0, counted=False),
         Case((3, 5, 0), reduction="none", counted=False),
     ]
-    return cases + cases_of_every_dtype() + cases_with_options()
+    cases += cases_of_every_dtype() + cases_with_options()
+    return cases + [Case(**arguments) for arguments in make_upsampled_cases()]
 
 
 def make_alpha(case: Case, target: Tensor) -> Any:
@@ -328,11 +346,36 @@ def make_weight(case: Case) -> Tensor | None:
     return weights.to(torch.promote_types(case.dtype, torch.float32)) if case.weighted else None
 
 
+def make_map(case: Case, logits: Tensor, target: Tensor) -> None:
+    """What is special of upsampled logits, in place."""
+    height, width = (-(-size // of) for size, of in zip(case.size, case.shape[2:], strict=True))
+    if case.blocks:
+        first = target[:, ::height, ::width]
+        blocks = first.repeat_interleave(height, 1).repeat_interleave(width, 2)
+        target.copy_(blocks[:, : case.size[0], : case.size[1]])
+    if case.steep:
+        # In turn one class and another is the largest: halfway, both are far below.
+        is_odd = torch.arange(logits[0, 0].numel()).view(case.shape[2:]) % 2 == 1
+        logits[:, 0] += torch.where(is_odd, 2 * case.steep, 0.0)
+        logits[:, 1] += torch.where(is_odd, 0.0, 2 * case.steep)
+        logits[:, 2:] -= 2 * case.steep
+    if case.poison:
+        # Every pixel that has a part of an element that is NaN is ignored. A class that is no
+        # label, nor an outlier's, near another element is -inf there.
+        target[:, : 2 * height, : 2 * width] = IGNORE
+        logits[:, :, 0, 0] = float("nan")
+        target[:, -2 * height :, -2 * width :] = 1
+        target[:, : 2 * height, : 2 * width] = IGNORE
+        logits[:, 0, -1, -1] = float("-inf")
+
+
 def make_inputs(case: Case) -> tuple[Tensor, Tensor, Any]:
     torch.default_generator.manual_seed(1)
     logits = make_logits(case.shape, case.dtype, offset=case.offset) * case.huge
-    target = make_target(case.shape, case.mix).to(case.label_dtype)
-    if case.poison:
+    target = make_target(case.full_shape, case.mix).to(case.label_dtype)
+    if case.size is not None:
+        make_map(case, logits, target)
+    elif case.poison:
         ignored = (target == IGNORE) | (target < 0 if case.alpha == "zero" else False)
         logits = logits.masked_fill(ignored.unsqueeze(1), float("nan"))
         unused = (target != 0) & (target >= 0)

@@ -26,6 +26,7 @@ RUNTIME += [
     for name in (
         "ops/row_view.cpp",
         "ops/outlier_exposure_composed.cpp",
+        "ops/upsampled_outlier_exposure_composed.cpp",
         "autograd/outlier_exposure_derivatives.cpp",
         "autograd/sums.cpp",
     )

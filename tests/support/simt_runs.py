@@ -11,6 +11,7 @@ from typing import Any
 
 import simt_device
 import torch
+import torch.nn.functional as F
 from inputs import IGNORE
 from simt_cases import CASES, Case, make_inputs, make_weight
 from torch import Tensor
@@ -63,6 +64,9 @@ def check_traffic(case: Case, launches: list[dict[str, Any]], logits: Tensor) ->
         raise CheckError("launches", f"{len(launches)} of them: {[r['kernel'] for r in launches]}")
     if not case.counted:
         return
+    if case.size is not None:
+        check_traffic_of_map(case, launches, logits)
+        return
     moved = [r[kind] for r in launches for kind in ("reads", "writes")]
     of_logits = [m[name] for m in moved for name in ("logits", "grad_logits") if name in m]
     budget = allowed_passes(case) * logits.nbytes
@@ -87,6 +91,32 @@ def check_traffic(case: Case, launches: list[dict[str, Any]], logits: Tensor) ->
                 raise CheckError("sectors", f"{name}: {wide_sectors} where {least:.0f} would do")
 
 
+def check_traffic_of_map(case: Case, launches: list[dict[str, Any]], logits: Tensor) -> None:
+    """The gradient is written once, but for a row of each band but the first, which is also read;
+    and of what has the target's size, nothing moves but what the caller gave or asked for."""
+    acc_size = 8 if case.dtype == torch.float64 else 4
+    gradient_bytes = logits.numel() * acc_size
+    height = case.shape[2]
+    of_shared_rows = gradient_bytes * ((height + 1 - 1) // 4) / height  # bands of 4 cells or more
+    kernels = 1 if case.forward or case.reduction != "none" else 2
+    for record in launches:
+        written = record["writes"].get("grad_logits", {"bytes": 0})["bytes"]
+        read = record["reads"].get("grad_logits", {"bytes": 0})["bytes"]
+        is_last = "add_bands" in record["kernel"]
+        if written > (of_shared_rows if is_last else gradient_bytes):
+            raise CheckError("passes", f"{written} bytes of the gradient are written")
+        if read > (of_shared_rows if is_last else 0):
+            raise CheckError("passes", f"{read} bytes of the gradient are read")
+    # The lanes beside a warp's own columns read labels, too.
+    pixels = logits.shape[0] * case.size[0] * case.size[1]
+    labels = [r["reads"].get("target", {"bytes": 0})["bytes"] for r in launches]
+    label_bytes = torch.empty((), dtype=case.label_dtype).element_size()
+    passes = sum(labels) / (pixels * label_bytes)
+    counting = 1 + 1  # of the labels, for a mean
+    if passes > 2 * kernels + counting:
+        raise CheckError("passes", f"{passes:.2f} of the labels")
+
+
 @dataclass(frozen=True)
 class Result:
     loss: Tensor
@@ -99,7 +129,10 @@ def _row_options(case: Case) -> dict[str, Any]:
 
 
 def _options(case: Case) -> dict[str, Any]:
-    return {"reduction": case.reduction, "ignore_index": IGNORE, **_row_options(case)}
+    options = {"reduction": case.reduction, "ignore_index": IGNORE, **_row_options(case)}
+    if case.size is not None:
+        options |= {"upsample": "bilinear", "align_corners": case.align_corners}
+    return options
 
 
 def _upstream(case: Case, target: Tensor) -> Tensor:
@@ -123,6 +156,34 @@ def _call_operators(
         grad, upstream, logits, target, *statistics, *options, **_row_options(case)
     )
     return loss, grad
+
+
+def _call_upsampled(
+    case: Case, logits: Tensor, target: Tensor, alpha: Any, upstream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, of upsampled logits. Statistics are checked here."""
+    number, tensor = (0.0, alpha.detach()) if isinstance(alpha, Tensor) else (alpha, None)
+    counts = None if case.counts is None else torch.tensor(case.counts, dtype=torch.float64)
+    options = (case.reduction, IGNORE, None, case.align_corners)
+    loss, _, row_max, row_sum_exp, argmax, _, grad = (
+        torch.ops.oe_ext._upsampled_outlier_exposure_loss_forward(
+            logits, target, number, tensor, *options, case.statistics, True, counts,
+            **_row_options(case),
+        )
+    )  # fmt: skip
+    if case.statistics:
+        full = F.interpolate(
+            logits.double(), size=case.size, mode="bilinear", align_corners=case.align_corners
+        )
+        active = (target != IGNORE) & full.isfinite().any(1)
+        lse = (row_max.double() + row_sum_exp.double().log())[active]
+        tolerance = 4 * ARITHMETIC[loss.dtype] * max(1.0, full[full.isfinite()].abs().max())
+        compare("value", lse, full.logsumexp(1)[active], tolerance)
+        largest = full.gather(1, argmax.long().unsqueeze(1)).squeeze(1)[active]
+        compare("value", largest, full.amax(1)[active], tolerance)
+        if case.huge == 0 and argmax.any():
+            raise CheckError("value", "not the first of equal classes")
+    return loss, (grad * upstream).to(logits.dtype)
 
 
 def _call_in_parts(
@@ -180,6 +241,8 @@ def execute(case: Case, seed: int, *, counting: bool = False) -> Result:
         ):
             if case.parts > 1:
                 loss, *grads = _call_in_parts(case, logits, target, upstream)
+            elif case.size is not None and (case.direct or case.counts or case.statistics):
+                loss, *grads = _call_upsampled(case, logits, target, alpha, upstream)
             elif case.direct or case.counts is not None:
                 loss, *grads = _call_operators(case, logits, target, alpha, upstream)
             elif case.forward:
