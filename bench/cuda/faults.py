@@ -33,6 +33,10 @@ BUDGETS = {
     ("backward_pixels", "double", False): 73,
 }
 
+# Of upsampled logits: instructions of a pixel and class for the sum and the gradient together, by
+# the side of a patch; with labels, where every class is a pixel's.
+PATCH_BUDGETS = {4: (16.5, 21.5), 2: (39, 44)}
+
 
 def budget(kernel: Kernel) -> float:
     """Instructions an element that a kernel may take. sm_75 has neither bfloat16 nor registers
@@ -61,7 +65,26 @@ def faults(kernels: list[Kernel]) -> list[str]:
     return found
 
 
+def _patch_faults(kernel: Kernel) -> list[str]:
+    if kernel.dtype == "double":
+        return []
+    if kernel.patch is None:
+        return ["no loops over the classes of a patch"]
+    factor = 1.1 if kernel.architecture == "75" else 1
+    without, with_labels = (factor * budget for budget in PATCH_BUDGETS[kernel.width])
+    found = kernel.patch.per_pixel()
+    of_label = kernel.patch.label / kernel.patch.pixels
+    if found <= without and found + of_label <= with_labels:
+        return []
+    return [
+        f"{found:.1f}, with labels {found + of_label:.1f} instructions a pixel, of {without:.1f} "
+        f"and {with_labels:.1f}"
+    ]
+
+
 def _loop_faults(kernel: Kernel) -> list[str]:
+    if kernel.is_upsampled:
+        return _patch_faults(kernel)
     unexpected = [
         f"{len(loops)} loops that {kind}"
         for kind, loops in kernel.loops.items()

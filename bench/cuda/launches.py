@@ -28,7 +28,9 @@ from oe_ext import outlier_exposure_loss
 
 def _constant(name: str) -> int:
     """Of the launchers."""
-    source = (ROOT / "csrc" / "cuda" / "launch_cuda.cu").read_text()
+    folder = ROOT / "csrc" / "cuda"
+    names = ("launch_cuda.cu", "launch_kernel.cuh")
+    source = "".join((folder / name).read_text() for name in names)
     match = re.search(rf"\b{name} = (\d+);", source)
     assert match is not None, name
     return int(match[1])

@@ -52,7 +52,7 @@ class Kernel:
     architecture: str
     name: str
     dtype: str
-    width: int  # elements moved at once; 0 if it moves no logits
+    width: int  # elements moved at once; 0 if it moves no logits; of upsampled ones, a patch's side
     max_threads: int  # of a block: the launch bounds; 0 without them
     registers: int
     stack: int
@@ -64,6 +64,7 @@ class Kernel:
     instructions: int
     loops: dict[str, list[LoopCode]]  # by kind; one of each, or it is a fault
     once_a_row: int  # the fewest instructions of a thread for its row, or rows, beside the loops
+    patch: sass.PatchCode | None = None  # of upsampled logits
 
     def __str__(self) -> str:
         return f"{self.name}<{self.dtype}, {self.width}> on sm_{self.architecture}"
@@ -73,13 +74,17 @@ class Kernel:
         return self.name.startswith("forward")
 
     @property
+    def is_upsampled(self) -> bool:
+        return self.name.endswith("upsampled")
+
+    @property
     def rows_a_thread(self) -> int:
         return self.width if "pixels" in self.name else 1
 
     @property
     def loop_kinds(self) -> list[str]:
         """The loops that it needs. Of pixels, wide kernels keep all logits."""
-        if self.width == 0:
+        if self.width == 0 or self.is_upsampled:
             return []
         if not self.is_forward:
             return ["recompute"]
@@ -234,7 +239,11 @@ def inspect(architecture: str, *flags: str) -> list[Kernel]:
             loops={},
             once_a_row=0,
         )
-        kernels.append(_read_loops(kernel, lines) if width else kernel)
+        if kernel.is_upsampled:
+            kernel = replace(kernel, patch=sass.patch_code(lines, width**2))
+        elif width:
+            kernel = _read_loops(kernel, lines)
+        kernels.append(kernel)
     return sorted(kernels, key=lambda kernel: (kernel.name, kernel.dtype, kernel.width))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import machine_code
 import sass
-from faults import budget, faults
+from faults import PATCH_BUDGETS, budget, faults
 from machine_code import ARCHITECTURES, Kernel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -82,12 +82,31 @@ def element_table(kernels: list[Kernel]) -> str:
         return lambda k: f"{k.per_element(kind):.1f}" if k.loops[kind] else ""
 
     return _table(
-        [kernel for kernel in kernels if kernel.width > 0],
+        [kernel for kernel in kernels if kernel.width > 0 and not kernel.is_upsampled],
         {
             **{kind: loop(kind) for kind in sass.KINDS},
             "all": lambda k: f"{k.per_element():.1f}",
             "budget": lambda k: budget(replace(k, architecture="90")),
             "once a row": lambda k: round(k.once_a_row / k.rows_a_thread),
+        },
+    )
+
+
+def patch_table(kernels: list[Kernel]) -> str:
+    """Instructions of a pixel and class of upsampled logits."""
+    of_patches = [kernel for kernel in kernels if kernel.patch is not None]
+
+    def per_pixel(count: Callable[[sass.PatchCode], int]) -> Callable[[Kernel], object]:
+        return lambda k: f"{count(k.patch) / k.patch.pixels:.1f}"
+
+    return _table(
+        of_patches,
+        {
+            "sum": per_pixel(lambda patch: patch.sum),
+            "gradient": per_pixel(lambda patch: patch.gradient),
+            "both": lambda k: f"{k.patch.per_pixel():.1f}",
+            "budget": lambda k: PATCH_BUDGETS[k.width][0],
+            "more at a label": per_pixel(lambda patch: patch.label),
         },
     )
 
@@ -102,6 +121,7 @@ def machine_code_sections() -> None:
     targets = ", ".join(f"sm_{name}" for name in machine_code.ARCHITECTURES)
     rewrite("machine code", f"{compiler}; {targets}.\n\n{resource_table(kernels)}")
     rewrite("instructions", element_table(kernels))
+    rewrite("instructions of patches", patch_table(kernels))
     sys.exit("\n".join(faults(kernels)) or None)
 
 

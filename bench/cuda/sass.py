@@ -136,3 +136,36 @@ def shortest_round(lines: Lines, loops: list[Loop]) -> int:
         states = set().union(*nexts) - seen
         seen |= states
     return count
+
+
+@dataclass(frozen=True)
+class PatchCode:
+    """The two loops over classes of a patch of upsampled pixels."""
+
+    pixels: int
+    sum: int  # instructions
+    gradient: int  # where no pixel has the class as its label
+    label: int  # more, where one has
+
+    def per_pixel(self) -> float:
+        return (self.sum + self.gradient) / self.pixels
+
+
+def patch_code(lines: Lines, pixels: int) -> PatchCode | None:
+    """They compute an exponential of each pixel; the gradient's also shuffles. Of those of the
+    careful way, which are longer, there is one more; None without any, as of doubles."""
+    shuffles: dict[bool, list[Loop]] = {False: [], True: []}
+    for loop in innermost_loops(lines):
+        if sum("MUFU.EX2" in text for text in loop.body) == pixels:
+            shuffles[any("SHFL" in text for text in loop.body)].append(loop)
+    if not all(shuffles.values()):
+        return None
+    summing, adding = (min(loops, key=lambda loop: len(loop.body)) for loops in shuffles.values())
+    addresses = [address for address, _ in lines if address in adding]
+    skipped = [
+        sum(address < other < target for other in addresses)
+        for address, text in zip(addresses, adding.body, strict=True)
+        if (target := _target(text, "BRA")) is not None and target in adding
+    ]
+    label = max(skipped, default=0)
+    return PatchCode(pixels, len(summing.body), len(adding.body) - label, label)

@@ -30,8 +30,24 @@ def test_launchable_no_spills_wide_loads_and_few_instructions(architecture):
         for wide in (False, True):
             found = {k.dtype for k in kernels if k.name == name and (k.width > 1) == wide}
             assert found == DTYPES, f"{name}, wide: {wide}"
-    for name in ("count_rows", "write_loss"):
+    for name in ("forward_upsampled", "backward_upsampled"):
+        assert {k.dtype for k in kernels if k.name == name and k.width == 2} == DTYPES
+        assert {k.dtype for k in kernels if k.name == name and k.width == 4} == DTYPES - {"double"}
+    for name in ("count_rows", "write_loss", "add_bands"):
         assert {k.dtype for k in kernels if k.name == name} == {"double", "float"}
+
+
+def test_faults_of_upsampled_logits_are_found():
+    kernels = machine_code.inspect("80")
+    kernel = next(k for k in kernels if k.name == "forward_upsampled" and k.patch)
+    assert faults([kernel]) == []
+    for patch, fault in [
+        (None, "no loops over the classes"),
+        (dataclasses.replace(kernel.patch, sum=kernel.patch.sum * 2), "instructions a pixel, of"),
+        (dataclasses.replace(kernel.patch, label=kernel.patch.label * 3), "instructions a pixel"),
+    ]:
+        (found,) = faults([dataclasses.replace(kernel, patch=patch)])
+        assert fault in found
 
 
 def test_spills_are_found():
