@@ -6,6 +6,7 @@ These tests are slow, since each builds the library; ``make test-packaging`` and
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -270,7 +271,7 @@ def test_jit_with_cuda(checkout, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "loss 1.039720" in done.stdout
-    assert "kernels 5 of 5" in done.stdout
+    assert re.search(r"kernels ([1-9]\d*) of \1$", done.stdout, re.MULTILINE), done.stdout
     assert "'cuda_arch_list': '8.0'" in done.stdout
 
 
