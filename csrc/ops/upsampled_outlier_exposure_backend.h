@@ -20,7 +20,9 @@ struct UpsampledBackendKernels {
 
   static UpsampledResult forward(const UpsampledInputs& inputs, const OptionalTensor& given_counts,
                                  const UpsampledOutputs& outputs) {
-    const auto& [logits, target, alpha_tensor, weight, options] = inputs.loss;
+    // No structured binding: clang 14 lets no lambda capture one.
+    const at::Tensor& logits = inputs.loss.logits;
+    const at::Tensor& target = inputs.loss.target;
     const bool writes_gradient = outputs.unit_gradient.value_or(false);
     check_upsampled_inputs(inputs);
     check_forward(inputs.loss, given_counts, writes_gradient);
@@ -30,11 +32,11 @@ struct UpsampledBackendKernels {
     }
 
     const auto of_loss = logits.options().dtype(loss_dtype(logits));
-    const bool is_scalar = options.reduction.is_scalar;
+    const bool is_scalar = inputs.loss.options.reduction.is_scalar;
     const auto per_row = [&](bool needed, const at::TensorOptions& of) {
       return needed ? at::empty(target.sizes(), of) : at::empty({0}, of);
     };
-    const bool has_alpha = alpha_tensor.has_value();
+    const bool has_alpha = inputs.loss.alpha_tensor.has_value();
     const UpsampledResult result = {
         is_scalar ? at::empty({}, of_loss) : per_row(true, of_loss),
         per_row(has_alpha, of_loss),
@@ -76,7 +78,8 @@ struct UpsampledBackendKernels {
 
   static at::Tensor backward(const at::Tensor& grad, const UpsampledInputs& inputs,
                              const at::Tensor& counts) {
-    const auto& [logits, target, alpha_tensor, weight, options] = inputs.loss;
+    const at::Tensor& logits = inputs.loss.logits;
+    const at::Tensor& target = inputs.loss.target;
     check_upsampled_inputs(inputs);
     check_upstream("_upsampled_outlier_exposure_loss_backward", grad, inputs.loss, counts);
     const c10::DeviceGuard guard(logits.device());
