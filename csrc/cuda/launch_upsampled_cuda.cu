@@ -53,6 +53,12 @@ struct UpsampledLaunch {
                            : PatchMemory<acc_t, kSmallPatch>::bytes(warps, num_classes);
   }
 
+  // Where the bands leave their first rows, behind the partial sums; null without any.
+  acc_t* first_rows_in(void* scratch) const {
+    return first_rows > 0 ? reinterpret_cast<acc_t*>(static_cast<char*>(scratch) + kScratchBytes)
+                          : nullptr;
+  }
+
   bool has_large_cells;
   int threads;
   int64_t blocks;
@@ -60,13 +66,6 @@ struct UpsampledLaunch {
   int64_t first_rows = 0;  // elements
   int64_t shared_bytes;
 };
-
-template <typename acc_t, typename Args>
-acc_t* first_rows_of(const Args& args, const UpsampledLaunch<Args>& launch, void* scratch) {
-  return launch.first_rows > 0
-             ? reinterpret_cast<acc_t*>(static_cast<char*>(scratch) + kScratchBytes)
-             : nullptr;
-}
 
 template <int kSize, typename scalar_t, typename acc_t>
 void forward_columns(const UpsampledForwardArgs<scalar_t, acc_t>& args, const Partials& partials,
@@ -112,7 +111,7 @@ template <typename scalar_t, typename acc_t>
 void forward(const UpsampledForwardArgs<scalar_t, acc_t>& args, void* scratch, Stream stream) {
   Partials partials = count_first(args.rows, scratch, stream);
   const UpsampledLaunch<UpsampledForwardArgs<scalar_t, acc_t>> plan(args);
-  acc_t* first_rows = first_rows_of<acc_t>(args, plan, scratch);
+  acc_t* first_rows = plan.first_rows_in(scratch);
   if (args.rows.layout.num_rows() > 0) {
     plan.has_large_cells
         ? forward_columns<kLargePatch<acc_t>>(args, partials, plan, first_rows, stream)
@@ -125,7 +124,7 @@ void forward(const UpsampledForwardArgs<scalar_t, acc_t>& args, void* scratch, S
 template <typename scalar_t, typename acc_t>
 void backward(const UpsampledBackwardArgs<scalar_t, acc_t>& args, void* scratch, Stream stream) {
   const UpsampledLaunch<UpsampledBackwardArgs<scalar_t, acc_t>> plan(args);
-  acc_t* first_rows = first_rows_of<acc_t>(args, plan, scratch);
+  acc_t* first_rows = plan.first_rows_in(scratch);
   if (args.rows.layout.num_rows() > 0) {
     plan.has_large_cells ? backward_columns<kLargePatch<acc_t>>(args, plan, first_rows, stream)
                          : backward_columns<kSmallPatch>(args, plan, first_rows, stream);

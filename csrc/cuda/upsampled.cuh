@@ -150,20 +150,19 @@ __device__ void process_patch(const Args& args, const CellCorners<scalar_t, acc_
     // A single class has a loss of exactly 0 if its logits are relative to the maximum.
     const bool is_careful = wants_max || num_classes == 1;
     if (!is_careful && sum_quickly(corners, weights, memory, num_classes, sum_terms)) {
-      finish_patch<QuickPixels<scalar_t, acc_t, kSize>>(args, corners, column, vertical, first_row,
-                                                        first_column, sum_terms, memory, divisors,
-                                                        sums);
+      finish_patch<QuickPixels<acc_t>>(args, corners, column, vertical, first_row, first_column,
+                                       sum_terms, memory, divisors, sums);
       if (writes_gradient) {
-        add_gradients_quickly(corners, weights, memory, num_classes, side, uniform);
+        add_gradients<QuickPixels<acc_t>>(corners, weights, memory, num_classes, side, uniform);
       }
       return;
     }
   }
   sum_carefully(corners, vertical, first_row, weights, memory, num_classes, sum_terms);
-  finish_patch<CarefulPixels<scalar_t, acc_t, kSize>>(
-      args, corners, column, vertical, first_row, first_column, sum_terms, memory, divisors, sums);
+  finish_patch<CarefulPixels<acc_t>>(args, corners, column, vertical, first_row, first_column,
+                                     sum_terms, memory, divisors, sums);
   if (writes_gradient) {
-    add_gradients_carefully(corners, weights, memory, num_classes, side, uniform);
+    add_gradients<CarefulPixels<acc_t>>(corners, weights, memory, num_classes, side, uniform);
   }
 }
 
@@ -240,16 +239,14 @@ __device__ void process_columns(const UpsampledArgs<scalar_t, Rows>& args,
 
 // The loss and, on request, the statistics of every pixel and the gradient for an upstream gradient
 // of 1.
-// Work split:  a warp has 32 columns of cells of its own and its neighbour's, a lane each; the
-// warps
+// Work split:  a warp has 32 columns of cells, the last one its neighbour's, a lane each; the warps
 //              of a block have the same ones and share the classes. Blocks stride over the columns
 // Reads:       logits: each element from the four cells around it, 3 times (maxima, sums, gradient;
 //              the caches have it after the first); labels and alpha, once, by one warp;
 //              class_weights; partials.counts, or all labels
-// Writes:      on request row_loss, row_cross_entropy, row_max, row_sum_exp, row_argmax; the
-// gradient
-//              once, coalesced if the column stride is 1, but for first_rows, which add_bands adds;
-//              partials.sums [gridDim.x]
+// Writes:      on request row_loss, row_cross_entropy, row_max, row_sum_exp, row_argmax, and the
+//              gradient once, coalesced if the column stride is 1, but for first_rows, which
+//              add_bands adds; partials.sums [gridDim.x]
 // Shared mem:  merge_block's; dynamic: PatchMemory
 // Sync:        merge_block's, before and after the columns; PatchMemory's and finish_patch's: all
 //              warps of a block see the same sums, so they go the same way

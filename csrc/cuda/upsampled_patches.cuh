@@ -7,11 +7,17 @@
 
 namespace oe_ext::cuda {
 
+// Not inlined for doubles: sm_75 has no registers for several at once.
+__device__ inline float careful_exponential(float x) { return exponential(x); }
+__attribute__((noinline)) __device__ inline double careful_exponential(double x) {
+  return exponential(x);
+}
+
 // ---- The pixels of a class, in two ways. A class has four numbers, from which its pixels follow
 // by operations that are linear in them.
 
 // By steps from the element above left: infinite logits give NaN. The values are times kLogOfE.
-template <typename scalar_t, typename acc_t, int kSize>
+template <typename acc_t>
 struct QuickPixels {
   static constexpr acc_t kUnit = kLogOfE<acc_t>;
   static constexpr bool kHasMax = false;  // of each pixel
@@ -35,11 +41,16 @@ struct QuickPixels {
     return std::fma(right, terms[3], terms[2]);
   }
 
+  // Of a pixel with this maximum and this factor of its gradient: neither matters.
+  __device__ acc_t exponential(acc_t below, acc_t right, acc_t, acc_t) const {
+    return power(at(below, right, terms));
+  }
+
   acc_t terms[kCorners];
 };
 
 // From weights, where an element without weight may be infinite or NaN.
-template <typename scalar_t, typename acc_t, int kSize>
+template <typename acc_t>
 struct CarefulPixels {
   static constexpr acc_t kUnit = 1;
   static constexpr bool kHasMax = true;
@@ -56,6 +67,12 @@ struct CarefulPixels {
   __device__ static acc_t between(acc_t weight, acc_t first, acc_t second) {
     const acc_t both = (acc_t(1) - weight) * first + weight * second;
     return weight == acc_t(0) ? first : weight == acc_t(1) ? second : both;
+  }
+
+  // A pixel whose factor is 0 adds nothing, even if its exponential is NaN.
+  __device__ acc_t exponential(acc_t below, acc_t right, acc_t max, acc_t factor) const {
+    const acc_t exp = careful_exponential(at(below, right, terms) - max);
+    return factor != acc_t(0) ? exp : acc_t(0);
   }
 
   acc_t terms[kCorners];
@@ -92,12 +109,6 @@ __device__ void for_each_class(const CellCorners<scalar_t, acc_t>& corners,
   }
 }
 
-// Not inlined for doubles: sm_75 has no registers for several at once.
-__device__ inline float careful_exponential(float x) { return exponential(x); }
-__attribute__((noinline)) __device__ inline double careful_exponential(double x) {
-  return exponential(x);
-}
-
 struct AnyOf {
   __device__ void merge(const AnyOf& other) { any |= other.any; }
 
@@ -120,7 +131,7 @@ __device__ bool sum_quickly(const CellCorners<scalar_t, acc_t>& corners,
                             const PatchWeights<acc_t, kSize>& weights,
                             const PatchMemory<acc_t, kSize>& memory, int num_classes,
                             acc_t (&sum_terms)[kCorners]) {
-  using Pixels = QuickPixels<scalar_t, acc_t, kSize>;
+  using Pixels = QuickPixels<acc_t>;
   acc_t sum_exp[kSize * kSize] = {};
   for_each_class<Pixels>(corners, memory, num_classes, [&](int, const Pixels& pixels) {
     for (int k = 0; k < kSize; ++k) {
@@ -164,7 +175,7 @@ __device__ void sum_carefully(const CellCorners<scalar_t, acc_t>& corners,
                               const PatchWeights<acc_t, kSize>& weights,
                               const PatchMemory<acc_t, kSize>& memory, int num_classes,
                               acc_t (&sum_terms)[kCorners]) {
-  using Pixels = CarefulPixels<scalar_t, acc_t, kSize>;
+  using Pixels = CarefulPixels<acc_t>;
   // A NaN is a maximum, as in torch, and stays it.
   const auto larger = [](acc_t max, acc_t x) { return !(x <= max) && max == max ? x : max; };
   for (acc_t& sum : sum_terms) {
@@ -280,14 +291,14 @@ struct UniformGradient {
 };
 
 // Adds the gradient of a patch to what the elements have of its classes. `side`: the place of the
-// elements above. exponentials(pixels, r, factor): those of a row of pixels.
-template <typename Pixels, typename scalar_t, typename acc_t, int kSize, typename Exponentials>
+// elements above.
+template <typename Pixels, typename scalar_t, typename acc_t, int kSize>
 __device__ void add_gradients(const CellCorners<scalar_t, acc_t>& corners,
                               const PatchWeights<acc_t, kSize>& weights,
                               const PatchMemory<acc_t, kSize>& memory, int num_classes, int side,
-                              UniformGradient<acc_t>& uniform, const Exponentials& exponentials) {
+                              UniformGradient<acc_t>& uniform) {
   Vector<acc_t, kSize> factor[kSize];
-  // As of exponentials of 1: equal logits get a gradient of exactly 0.
+  // As of exponentials of 1: in the careful way, equal logits get a gradient of exactly 0.
   ColumnSums<acc_t, kSize> of_uniform;
   unsigned classes = 0;  // a bit for the label of each pixel
   for (int r = 0; r < kSize; ++r) {
@@ -305,9 +316,14 @@ __device__ void add_gradients(const CellCorners<scalar_t, acc_t>& corners,
   for_each_class<Pixels>(corners, memory, num_classes, [&](int cls, const Pixels& pixels) {
     ColumnSums<acc_t, kSize> columns;
     for (int r = 0; r < kSize; ++r) {
-      const auto exps = exponentials(pixels, r, factor[r]);
+      Vector<acc_t, kSize> max = {};
+      if constexpr (Pixels::kHasMax) {
+        max = memory.max.get(r);
+      }
       for (int k = 0; k < kSize; ++k) {
-        columns.add(r, k, exps.values[k], factor[r].values[k]);
+        const acc_t exp = pixels.exponential(weights.below[r], weights.right[k], max.values[k],
+                                             factor[r].values[k]);
+        columns.add(r, k, exp, factor[r].values[k]);
       }
     }
     if ((classes >> (cls % 32) & 1) != 0) {
@@ -323,46 +339,6 @@ __device__ void add_gradients(const CellCorners<scalar_t, acc_t>& corners,
     memory.gradient(side, cls) += gradients.above;
     memory.gradient(1 - side, cls) += gradients.below;
   });
-}
-
-template <typename scalar_t, typename acc_t, int kSize>
-__device__ void add_gradients_quickly(const CellCorners<scalar_t, acc_t>& corners,
-                                      const PatchWeights<acc_t, kSize>& weights,
-                                      const PatchMemory<acc_t, kSize>& memory, int num_classes,
-                                      int side, UniformGradient<acc_t>& uniform) {
-  using Pixels = QuickPixels<scalar_t, acc_t, kSize>;
-  using Row = Vector<acc_t, kSize>;
-  add_gradients<Pixels>(corners, weights, memory, num_classes, side, uniform,
-                        [&](const Pixels& pixels, int r, const Row&) {
-                          Row exps;
-                          for (int k = 0; k < kSize; ++k) {
-                            exps.values[k] =
-                                power(Pixels::at(weights.below[r], weights.right[k], pixels.terms));
-                          }
-                          return exps;
-                        });
-}
-
-// A pixel whose factor is 0 adds nothing, even if its exponentials are NaN.
-template <typename scalar_t, typename acc_t, int kSize>
-__device__ void add_gradients_carefully(const CellCorners<scalar_t, acc_t>& corners,
-                                        const PatchWeights<acc_t, kSize>& weights,
-                                        const PatchMemory<acc_t, kSize>& memory, int num_classes,
-                                        int side, UniformGradient<acc_t>& uniform) {
-  using Pixels = CarefulPixels<scalar_t, acc_t, kSize>;
-  using Row = Vector<acc_t, kSize>;
-  add_gradients<Pixels>(corners, weights, memory, num_classes, side, uniform,
-                        [&](const Pixels& pixels, int r, const Row& factor) {
-                          const Row max = memory.max.get(r);
-                          Row exps;
-                          for (int k = 0; k < kSize; ++k) {
-                            const acc_t logit =
-                                Pixels::at(weights.below[r], weights.right[k], pixels.terms);
-                            const acc_t exp = careful_exponential(logit - max.values[k]);
-                            exps.values[k] = factor.values[k] != acc_t(0) ? exp : acc_t(0);
-                          }
-                          return exps;
-                        });
 }
 
 }  // namespace oe_ext::cuda

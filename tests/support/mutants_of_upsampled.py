@@ -161,8 +161,8 @@ MUTANTS_OF_UPSAMPLED = [
     Mutant(
         "upsampled: NaN reaches the neighbours of a pixel that does not count",
         PATCHES,
-        "factor.values[k] != acc_t(0) ? exp : acc_t(0)",
-        "exp",
+        "return factor != acc_t(0) ? exp : acc_t(0);",
+        "return exp;",
     ),
     Mutant(
         "upsampled: an element without weight may make its pixel NaN",

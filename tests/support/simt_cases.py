@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from inputs import IGNORE, LAYOUTS, make_logits, make_target
+from inputs import DTYPES, IGNORE, LAYOUTS, make_logits, make_target
 from simt_upsampled import make_upsampled_cases
 from torch import Tensor
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+from inputs import DTYPES
 
 # Shapes of the logits, and the size of the target.
 MAPS: list[dict[str, Any]] = [
