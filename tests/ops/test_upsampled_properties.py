@@ -49,12 +49,12 @@ class Case:
         picked = torch.randint(0, len(self.labels), (batch, *small), generator=random)
         target = torch.tensor(self.labels)[picked]
         target = target.repeat_interleave(self.block, 1).repeat_interleave(self.block, 2)
-        target = target[:, : self.size[0], : self.size[1]].to(self.label_dtype).contiguous()
+        target = target[:, : self.size[0], : self.size[1]]
 
         logits = torch.randn(self.shape, generator=random, dtype=torch.float64)
         largest = torch.randint(0, num_classes, (batch, 1, height, width), generator=random)
         if self.kind == "certain":  # as a network that has been trained
-            labels = target.long().unsqueeze(1).clamp(0, num_classes - 1).double()
+            labels = target.unsqueeze(1).clamp(0, num_classes - 1).double()
             largest = F.interpolate(labels, (height, width), mode="nearest").long()
             logits.scatter_add_(1, largest, torch.full(largest.shape, 12.0).double())
         elif self.kind == "dominant":
@@ -85,6 +85,7 @@ class Case:
         }
         if self.weighted:
             options["weight"] = torch.rand(num_classes, generator=random)
+        target = target.to(self.label_dtype).contiguous()
         return self.layout.place(logits, NAN), target, options
 
 
