@@ -84,12 +84,14 @@ void spread_offsets(const Args& args, TileRows<acc_t>& rows) {
 }
 
 // Writes the outputs of the forward for each row, sums the losses, and sets the coefficients of the
-// gradients.
+// gradients. A loop that calls a function is not made of vectors, and how much a compiler inlines
+// by itself depends on all that a file holds.
 template <typename scalar_t, typename acc_t>
-void finish_rows(const ForwardArgs<scalar_t, acc_t>& args, const GroupDivisors& divisors,
-                 TileRows<acc_t>& rows, GroupSums& sums) {
-  alignas(64) acc_t loss[kRowCapacity];
-  alignas(64) acc_t cross_entropy[kRowCapacity];
+__attribute__((flatten)) void finish_rows(const ForwardArgs<scalar_t, acc_t>& args,
+                                          const GroupDivisors& divisors, TileRows<acc_t>& rows,
+                                          GroupSums& sums) {
+  alignas(64) acc_t loss[kMaxTileRows];
+  alignas(64) acc_t cross_entropy[kMaxTileRows];
   const acc_t num_classes = args.num_classes();
   const auto inlier_divisor = static_cast<acc_t>(divisors.inliers);
   const auto outlier_divisor = static_cast<acc_t>(divisors.outliers);

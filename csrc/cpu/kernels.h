@@ -29,9 +29,9 @@ struct TileKernels {
                         int64_t tile, const GroupDivisors& divisors, acc_t* scratch);
   TaskResult (*backward)(const BackwardArgs<scalar_t, acc_t>& args, const Tiling& tiling,
                          int64_t tile, acc_t* scratch);
-  // The bands of upsampled maps. `partial` is a row of zeros [class][column], for the gradient of
-  // the row of elements that a band shares with the band before. `scratch` is as large as
-  // StripMemory.
+  // The bands of upsampled maps. `partial` is a row [class][column], for the gradient of the row of
+  // elements that a band shares with the band before. `scratch` is as large as BandMemory, and
+  // holds zeros, but for what other bands of the same map left of it.
   TaskResult (*upsampled_forward)(const UpsampledForwardArgs<scalar_t, acc_t>& args,
                                   const Upsampling<acc_t>& cuts, int64_t task,
                                   const GroupDivisors& divisors, acc_t* partial, acc_t* scratch);

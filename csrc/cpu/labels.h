@@ -19,21 +19,21 @@ struct TileRows {
   int64_t first;                                 // index of the first row
   int64_t size;                                  // rows
   int64_t padded;                                // with padding rows
-  alignas(64) IntOf<acc_t> label[kRowCapacity];  // a class, kOutlier or kIgnored
-  alignas(64) IntOf<acc_t> place[kRowCapacity];  // index of the label among a tile's classes
-  alignas(64) acc_t weight[kRowCapacity];
+  alignas(64) IntOf<acc_t> label[kMaxTileRows];  // a class, kOutlier or kIgnored
+  alignas(64) IntOf<acc_t> place[kMaxTileRows];  // index of the label among a tile's classes
+  alignas(64) acc_t weight[kMaxTileRows];
   // Not 0: the logits are needed; from finish_rows() on, for the gradient.
-  alignas(64) acc_t active[kRowCapacity];
-  alignas(64) acc_t max[kRowCapacity];
-  alignas(64) acc_t sum_exp[kRowCapacity];
-  alignas(64) acc_t sum_shifted[kRowCapacity];
+  alignas(64) acc_t active[kMaxTileRows];
+  alignas(64) acc_t max[kMaxTileRows];
+  alignas(64) acc_t sum_exp[kMaxTileRows];
+  alignas(64) acc_t sum_shifted[kMaxTileRows];
   // The logit at the label; from finish_rows() on, what the gradient subtracts there.
-  alignas(64) acc_t at_label[kRowCapacity];
-  alignas(64) acc_t factor[kRowCapacity];  // of the gradient
-  alignas(64) acc_t offset[kRowCapacity];
+  alignas(64) acc_t at_label[kMaxTileRows];
+  alignas(64) acc_t factor[kMaxTileRows];  // of the gradient
+  alignas(64) acc_t offset[kMaxTileRows];
   // With a class_spread: the weight of the label's class; from finish_rows() on, what the gradient
   // subtracts from each exponential, times the spread.
-  alignas(64) acc_t at_classes[kRowCapacity];
+  alignas(64) acc_t at_classes[kMaxTileRows];
   bool all_active;
 
   OE_EXT_INLINE RowCoefficients<acc_t> coefficients(int64_t i, Smoothed<acc_t> smoothed) const {
@@ -121,7 +121,7 @@ TaskResult classify(const Label* labels, const LabelRule& rule, int64_t size, In
   return result;
 }
 
-// Writes the class weight of each inlier among at most kRowCapacity classes from classify(), and 0
+// Writes the class weight of each inlier among at most kMaxTileRows classes from classify(), and 0
 // for the others; returns their sum. The first loop loads from a table one by one and has no
 // branch, which random labels would mispredict; the second is made of vectors.
 template <typename Int, typename acc_t>
@@ -176,7 +176,7 @@ void weigh_rows(const Args& args, bool wants_cross_entropy, TileRows<acc_t>& row
   }
   rows.all_active = num_active >= rows.size;
   if (args.class_weights.data != nullptr) {
-    alignas(64) acc_t weights[kRowCapacity];
+    alignas(64) acc_t weights[kMaxTileRows];
     weigh_inliers(rows.label, rows.size, args.class_weights.data, weights);
     const bool spreads = args.class_spread != nullptr;
     const SpreadSmoothing<acc_t> spread = args.spread_smoothing;

@@ -36,12 +36,12 @@ TaskResult for_each_band(const Args& args, const GroupDivisors& divisors, const 
   if (args.rows.layout.num_rows() == 0) {
     return {};
   }
-  // Their offsets in scratch memory must fit 32 bits.
+  // Kernels hold a class as a number of the arithmetic's type, and memory for a row of all classes.
   TORCH_CHECK(num_classes <= kMaxClasses,
               "outlier_exposure_loss: on the CPU, upsample='bilinear' takes at most ", kMaxClasses,
               " classes, got ", num_classes);
   const Upsampling<acc_t> cuts(args.vertical, args.horizontal, num_classes);
-  const int64_t scratch_size = StripMemory<acc_t>(cuts, num_classes, nullptr).size;
+  const int64_t scratch_size = BandMemory<acc_t>(cuts, num_classes, nullptr).size;
   const int64_t num_bands = cuts.num_bands();
   const int64_t num_columns = args.horizontal.in;
   const int64_t row_size = num_classes * num_columns;
@@ -54,6 +54,7 @@ TaskResult for_each_band(const Args& args, const GroupDivisors& divisors, const 
       for_each_task(num_tasks, grain, [&](int64_t begin, int64_t end, TaskResult* results) {
         [[maybe_unused]] const FlushSubnormals flush;
         const Scratch<acc_t> scratch(scratch_size);
+        std::fill_n(scratch.data(), scratch_size, acc_t(0));
         for (int64_t task = begin; task < end; ++task) {
           acc_t* shared = writes_gradient ? partial.data() + task * row_size : nullptr;
           results[task] = kernel(args, cuts, task, divisors, shared, scratch.data());

@@ -169,8 +169,8 @@ TaskResult backward_tile(const BackwardArgs<scalar_t, acc_t>& args, const Tiling
 template <typename scalar_t, typename acc_t>
 constexpr TileKernels<scalar_t, acc_t> tile_kernels() {
   return {&count_rows<acc_t>, &forward_tile<scalar_t, acc_t>, &backward_tile<scalar_t, acc_t>,
-          &upsampled_band<UpsampledForwardArgs<scalar_t, acc_t>, acc_t>,
-          &upsampled_band<UpsampledBackwardArgs<scalar_t, acc_t>, acc_t>};
+          &upsampled_band<scalar_t, acc_t, ForwardArgs<acc_t, acc_t>>,
+          &upsampled_band<scalar_t, acc_t, BackwardArgs<acc_t, acc_t>>};
 }
 
 constexpr Kernels make_kernels() {

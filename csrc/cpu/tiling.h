@@ -7,9 +7,8 @@
 
 namespace oe_ext::cpu {
 
+// Rows that the arrays of TileRows hold.
 constexpr int64_t kMaxTileRows = 256;
-// Rows that the arrays of TileRows hold: upsampled maps take more at once.
-constexpr int64_t kRowCapacity = 384;
 // Padding rows fill a tile up to a multiple of this, the lanes of the widest vector.
 constexpr int64_t kTileRowsStep = 16;
 // Rounds up to whole steps of rows, or of other lanes.

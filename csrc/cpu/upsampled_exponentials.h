@@ -1,75 +1,106 @@
-// The exponentials of an upsampled row of pixels, their sums and their part of the gradient, in two
-// ways: from those at the ends of segments, which is fast, and from each pixel's largest logit.
+// The exponentials of the patches of a strip, their sums and their part of the gradient, in two
+// ways: from those at the ends of rows, which is fast, and from each pixel's largest logit.
 #pragma once
 
-#include "upsampled_segments.h"
+#include "upsampled_patches.h"
 
 namespace oe_ext::cpu {
 namespace {
 
 // ---- Exponentials of pixels from those of the ends: one for up to four pixels.
 
-template <typename Segment, typename acc_t>
+template <typename Patch, typename acc_t>
 struct FromEnds {
-  using Powers = typename Segment::template Powers<acc_t>;
+  using Powers = typename Patch::template Powers<acc_t>;
+  static constexpr int kPixels = Patch::kPixels;
+  static constexpr int kEnds = Patch::kEnds;
+  static constexpr int64_t kLanes = Patch::kLanes;
 
-  // Sets the ends of segments, but for the last ones, and the sums of pixels. A loop of its own
-  // adds up: to load what has just been stored, at other boundaries, takes long. The sums of a few
-  // lanes stay in registers for all classes.
-  static void sum(Line<acc_t> line, int64_t num_classes, const StripMemory<acc_t>& memory,
-                  acc_t* sums) {
+  // Sets the exponentials of ends, and adds to the sums of pixels. A loop of its own adds up: to
+  // load what has just been stored, at other boundaries, takes long. The sums of a row stay in
+  // registers for all classes.
+  static void sum(const StripRow<Patch, acc_t>& strip, int64_t num_classes,
+                  const BandMemory<acc_t>& memory, acc_t* sums) {
     for (int64_t cls = 0; cls < num_classes; ++cls) {
-      set_ends<Segment, true>(line, cls, memory);
+      set_ends<true>(strip, cls, memory.exps);
     }
-    for (int64_t first = 0; first < line.padded; first += kTileRowsStep) {
-      alignas(64) acc_t of_lanes[Segment::kPixels][kTileRowsStep] = {};
+    for (int j = 0; j < kPixels; ++j) {
+      alignas(64) acc_t of_row[kPixels][kLanes];
+      std::copy_n(sums + j * kPixels * kLanes, kPixels * kLanes, of_row[0]);
+      const acc_t* exps = memory.exps + j * kLanes;
       for (int64_t cls = 0; cls < num_classes; ++cls) {
-        const acc_t* exps = memory.end_exps(cls) + first;
-        const acc_t* second = exps + line.second_end;
 #pragma omp simd
-        for (int64_t i = 0; i < kTileRowsStep; ++i) {
-          Powers(exps[i], second[i]).add_to(&of_lanes[0][i], kTileRowsStep);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          Powers(exps[i], exps[i + 1]).add_to(&of_row[0][i], kLanes);
+        }
+        exps += kPixels * kLanes;
+      }
+      std::copy_n(of_row[0], kPixels * kLanes, sums + j * kPixels * kLanes);
+    }
+  }
+
+  // Of each pixel, weighed by the ends of its row.
+  using Factors = acc_t[kEnds][kPixels][kPixels][kLanes];
+
+  // Adds the gradients of some classes: exponentials times each pixel's factor, minus what stands
+  // at labels, which is cleared.
+  static void add_gradients(const StripRow<Patch, acc_t>& strip, int64_t begin, int64_t end,
+                            const acc_t* factors, const BandMemory<acc_t>& memory) {
+    alignas(64) Factors weighed;
+    for (int k = 0; k < Patch::kArea; ++k) {
+      const acc_t* values = factors + k * kLanes;
+      for (int side = 0; side < kEnds; ++side) {
+        const acc_t weight = Patch::template weight<acc_t>(side, k % kPixels);
+        acc_t* to = weighed[side][k / kPixels][k % kPixels];
+#pragma omp simd
+        for (int64_t i = 0; i < kLanes; ++i) {
+          to[i] = weight * values[i];
         }
       }
-      for (int k = 0; k < Segment::kPixels; ++k) {
-        std::copy_n(of_lanes[k], kTileRowsStep, sums + k * line.padded + first);
+    }
+    for (int64_t cls = begin; cls < end; ++cls) {
+      if (memory.has_label[cls] != acc_t(0)) {
+        add_gradient<true>(strip, cls, weighed, memory);
+        memory.has_label[cls] = 0;
+      } else {
+        add_gradient<false>(strip, cls, weighed, memory);
       }
     }
   }
 
-  // Adds the gradients of some classes: exponentials times factors, minus what stands at labels.
-  // The factors of a few lanes stay in registers for all classes.
-  static void add_gradients(Line<acc_t> line, int64_t begin, int64_t end, const acc_t* factors,
-                            const TileRows<acc_t>&, const StripMemory<acc_t>& memory) {
-    constexpr int kFactors = Segment::kEnds * Segment::kPixels;
-    const int64_t stride = memory.lanes;
-    for (int64_t first = 0; first < line.padded; first += kTileRowsStep) {
-      alignas(64) acc_t of_lanes[kFactors][kTileRowsStep];
-#pragma GCC unroll 8
-      for (int i = 0; i < kFactors; ++i) {
+  template <bool kLabels>
+  OE_EXT_INLINE static void add_gradient(const StripRow<Patch, acc_t>& strip, int64_t cls,
+                                         const Factors& factors, const BandMemory<acc_t>& memory) {
+    const PatchRow<Patch, acc_t> row = strip.row;
+    const int64_t stride = strip.stride;
+    const acc_t* exps = memory.exps + cls * kPixels * kLanes;
+    acc_t* at_labels = memory.at_labels + cls * kLanes * Patch::kCorners;
+    acc_t* top = strip.top_gradient + cls * kEnds * stride;
+    acc_t* bottom = strip.bottom_gradient + cls * kEnds * stride;
 #pragma omp simd
-        for (int64_t lane = 0; lane < kTileRowsStep; ++lane) {
-          of_lanes[i][lane] = factors[i * line.padded + first + lane];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      acc_t of_top[kEnds] = {};
+      acc_t of_bottom[kEnds] = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < kPixels; ++j) {
+        const Powers powers(exps[j * kLanes + i], exps[j * kLanes + i + 1]);
+#pragma GCC unroll 2
+        for (int side = 0; side < kEnds; ++side) {
+          const acc_t part = powers.times(&factors[side][j][0][i], kLanes);
+          of_top[side] = multiply_add(row.top_weight[j], part, of_top[side]);
+          of_bottom[side] = multiply_add(row.bottom_weight[j], part, of_bottom[side]);
         }
       }
-      for (int64_t cls = begin; cls < end; ++cls) {
-        const acc_t* exps = memory.end_exps(cls) + first;
-        const acc_t* second = exps + line.second_end;
-        acc_t* top = memory.top_gradient + memory.of_end(cls, 0) + first;
-        acc_t* bottom = memory.bottom_gradient + memory.of_end(cls, 0) + first;
-        acc_t* at_labels = memory.at_labels + memory.of_end(cls, 0) + first;
-#pragma omp simd
-        for (int64_t i = 0; i < kTileRowsStep; ++i) {
-          const Powers powers(exps[i], second[i]);
 #pragma GCC unroll 2
-          for (int side = 0; side < Segment::kEnds; ++side) {
-            const acc_t* of_side = &of_lanes[side * Segment::kPixels][i];
-            const int64_t at = side * stride + i;
-            add_to_rows(line, powers.times(of_side, kTileRowsStep) - at_labels[at], top + at,
-                        bottom + at);
-            at_labels[at] = 0;
-          }
+      for (int side = 0; side < kEnds; ++side) {
+        if constexpr (kLabels) {
+          of_top[side] -= at_labels[i * Patch::kCorners + side];
+          of_bottom[side] -= at_labels[i * Patch::kCorners + kEnds + side];
+          at_labels[i * Patch::kCorners + side] = 0;
+          at_labels[i * Patch::kCorners + kEnds + side] = 0;
         }
+        top[side * stride + i] += of_top[side];
+        bottom[side * stride + i] += of_bottom[side];
       }
     }
   }
@@ -78,76 +109,94 @@ struct FromEnds {
 // ---- Exponentials of pixels minus each pixel's largest logit: where those from the ends are too
 // small, where the maximum is wanted, and where NaN stands beside pixels that do not count.
 
-template <typename Segment, typename acc_t>
+template <typename Patch, typename acc_t>
 struct FromMaxima {
-  static void raise_maxima(Line<acc_t> line, int64_t num_classes, const StripMemory<acc_t>& memory,
-                           acc_t* maxima) {
-    std::fill_n(maxima, Segment::kPixels * line.padded, std::numeric_limits<acc_t>::lowest());
-    std::fill_n(memory.argmax, Segment::kPixels * line.padded, acc_t(0));
+  static constexpr int kPixels = Patch::kPixels;
+  static constexpr int64_t kLanes = Patch::kLanes;
+
+  // Sets the maxima and the sums of pixels.
+  static void sum(const StripRow<Patch, acc_t>& strip, int64_t num_classes,
+                  const BandMemory<acc_t>& memory, TileRows<acc_t>& rows) {
+    std::fill_n(rows.max, rows.size, std::numeric_limits<acc_t>::lowest());
+    std::fill_n(rows.sum_exp, rows.size, acc_t(0));
+    std::fill_n(memory.argmax, rows.size, acc_t(0));
     for (int64_t cls = 0; cls < num_classes; ++cls) {
-      const acc_t* x = memory.end_x(cls);
-      const acc_t* second = x + line.second_end;
-      for (int k = 0; k < Segment::kPixels; ++k) {
-        acc_t* max = maxima + k * line.padded;
-        acc_t* argmax = memory.argmax + k * line.padded;
+      set_ends<false>(strip, cls, memory.x);
+      for_each_pixel(cls, memory, [&](int64_t pixel, int k, const acc_t* x) {
+        acc_t* max = rows.max + pixel;
+        acc_t* argmax = memory.argmax + pixel;
 #pragma omp simd
-        for (int64_t i = 0; i < line.padded; ++i) {
-          const acc_t logit = Segment::interpolate(k, x[i], second[i]);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const acc_t logit = Patch::interpolate(k, x[i], x[i + 1]);
           // A NaN is a maximum, as in torch, and stays it.
           const bool is_larger = !(logit <= max[i]) & (max[i] == max[i]);
           argmax[i] = select(is_larger, static_cast<acc_t>(cls), argmax[i]);
           max[i] = select(is_larger, logit, max[i]);
         }
-      }
+      });
     }
-  }
-
-  static void sum(Line<acc_t> line, int64_t num_classes, const StripMemory<acc_t>& memory,
-                  const acc_t* maxima, acc_t* sums) {
-    std::fill_n(sums, Segment::kPixels * line.padded, acc_t(0));
     for (int64_t cls = 0; cls < num_classes; ++cls) {
-      const acc_t* x = memory.end_x(cls);
-      const acc_t* second = x + line.second_end;
-      for (int k = 0; k < Segment::kPixels; ++k) {
-        acc_t* sum = sums + k * line.padded;
-        const acc_t* max = maxima + k * line.padded;
+      for_each_pixel(cls, memory, [&](int64_t pixel, int k, const acc_t* x) {
+        acc_t* sum = rows.sum_exp + pixel;
+        const acc_t* max = rows.max + pixel;
 #pragma omp simd
-        for (int64_t i = 0; i < line.padded; ++i) {
-          sum[i] += exp_of(Segment::interpolate(k, x[i], second[i]) - max[i]);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          sum[i] += exp_of(Patch::interpolate(k, x[i], x[i + 1]) - max[i]);
         }
+      });
+    }
+  }
+
+  static void add_gradients(const StripRow<Patch, acc_t>& strip, int64_t num_classes,
+                            const BandMemory<acc_t>& memory, const TileRows<acc_t>& rows) {
+    for (int64_t cls = 0; cls < num_classes; ++cls) {
+      for (int side = 0; side < Patch::kEnds; ++side) {
+        add_gradient(strip, cls, side, memory, rows);
+      }
+      memory.has_label[cls] = 0;
+    }
+  }
+
+ private:
+  // Calls use(pixel, k, ends) for the pixels of a class's patches: their first index in arrays of
+  // pixels, and the ends of their row, in which they are pixel k.
+  template <typename Use>
+  OE_EXT_INLINE static void for_each_pixel(int64_t cls, const BandMemory<acc_t>& memory,
+                                           const Use& use) {
+    for (int j = 0; j < kPixels; ++j) {
+      for (int k = 0; k < kPixels; ++k) {
+        use((j * kPixels + k) * kLanes, k, memory.x + (cls * kPixels + j) * kLanes);
       }
     }
   }
 
-  static void add_gradients(Line<acc_t> line, int64_t begin, int64_t end, const acc_t* factors,
-                            const TileRows<acc_t>& rows, const StripMemory<acc_t>& memory) {
-    for (int64_t cls = begin; cls < end; ++cls) {
-      add_gradient(line, cls, factors, rows, memory);
-    }
-  }
-
-  static void add_gradient(Line<acc_t> line, int64_t cls, const acc_t* factors,
-                           const TileRows<acc_t>& rows, const StripMemory<acc_t>& memory) {
-    const acc_t* x = memory.end_x(cls);
-    const acc_t* second = x + line.second_end;
-    for (int end = 0; end < Segment::kEnds; ++end) {
-      acc_t* top = memory.top_gradient + memory.of_end(cls, end);
-      acc_t* bottom = memory.bottom_gradient + memory.of_end(cls, end);
-      acc_t* at_label = memory.at_labels + memory.of_end(cls, end);
-      for (int k = 0; k < Segment::kPixels; ++k) {
-        const acc_t* max = rows.max + k * line.padded;
-        const acc_t* factor = factors + (end * Segment::kPixels + k) * line.padded;
+  static void add_gradient(const StripRow<Patch, acc_t>& strip, int64_t cls, int side,
+                           const BandMemory<acc_t>& memory, const TileRows<acc_t>& rows) {
+    acc_t* top = strip.top_gradient + (cls * Patch::kEnds + side) * strip.stride;
+    acc_t* bottom = strip.bottom_gradient + (cls * Patch::kEnds + side) * strip.stride;
+    for_each_pixel(cls, memory, [&](int64_t pixel, int k, const acc_t* x) {
+      const acc_t* max = rows.max + pixel;
+      const acc_t* factor = rows.factor + pixel;
+      const int64_t j = pixel / (kPixels * kLanes);
+      const acc_t weight = Patch::template weight<acc_t>(side, k);
+      const acc_t top_weight = strip.row.top_weight[j] * weight;
+      const acc_t bottom_weight = strip.row.bottom_weight[j] * weight;
 #pragma omp simd
-        for (int64_t i = 0; i < line.padded; ++i) {
-          const acc_t exp = exp_of(Segment::interpolate(k, x[i], second[i]) - max[i]);
-          const acc_t part = select(factor[i] != acc_t(0), exp * factor[i], acc_t(0));
-          add_to_rows(line, part, top + i, bottom + i);
-        }
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const acc_t exp = exp_of(Patch::interpolate(k, x[i], x[i + 1]) - max[i]);
+        const acc_t part = select(factor[i] != acc_t(0), exp * factor[i], acc_t(0));
+        top[i] = multiply_add(top_weight, part, top[i]);
+        bottom[i] = multiply_add(bottom_weight, part, bottom[i]);
       }
-#pragma omp simd
-      for (int64_t i = 0; i < line.padded; ++i) {
-        add_to_rows(line, -at_label[i], top + i, bottom + i);
-        at_label[i] = 0;
+    });
+    if (memory.has_label[cls] != acc_t(0)) {
+      acc_t* at_labels = memory.at_labels + cls * kLanes * Patch::kCorners + side;
+      for (int64_t i = 0; i < kLanes; ++i) {
+        acc_t& at_top = at_labels[i * Patch::kCorners];
+        acc_t& at_bottom = at_labels[i * Patch::kCorners + Patch::kEnds];
+        top[i] -= at_top;
+        bottom[i] -= at_bottom;
+        at_top = at_bottom = 0;
       }
     }
   }

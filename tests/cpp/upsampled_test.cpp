@@ -29,10 +29,10 @@ struct Map {
   int64_t elements() const { return images * classes * height * width; }
 };
 
-// As in test_upsampled.py: segments of four, two and one pixels; more cells than a strip holds; a
+// As in test_upsampled.py: patches of four, two and one pixels; more cells than a strip holds; a
 // cell of more pixels than that.
 const Map kMaps[] = {
-    {2, 19, 9, 131, 36, 524, false}, {1, 3, 5, 4, 40, 32, false}, {2, 2, 3, 150, 5, 300, false},
+    {2, 19, 9, 131, 36, 524, false}, {1, 3, 5, 4, 40, 32, false}, {2, 2, 3, 150, 6, 300, false},
     {1, 5, 4, 5, 13, 33, true},      {1, 5, 3, 17, 7, 50, false}, {1, 4, 2, 3, 4, 1300, false},
     {1, 70, 3, 2, 6, 600, true},     {1, 1, 1, 1, 9, 9, true},
 };

@@ -10,10 +10,10 @@ from oracles import loss_and_grad, max_error
 
 from oe_ext import outlier_exposure_loss, reference
 
-# Every way to cut a row into segments, as (w, W, align_corners): four centered pixels, in one
-# segment a cell and in several, and more cells than a strip has; two of them; four and two pixels
-# from a corner on; single pixels, with a whole scale and without one; cells of more pixels than a
-# strip has; a single column; one scale only on the other axis.
+# Every way to cut a row into patches, if a column is cut alike, as (w, W, align_corners): four
+# centered pixels, in one patch a cell and in several, and more cells than a strip has; two of them;
+# four and two pixels from a corner on; single pixels, with a whole scale and without one; cells of
+# more pixels than a strip has; a single column; one scale only on the other axis.
 COLUMNS = [
     (5, 20, False),
     (131, 524, False),
@@ -35,7 +35,7 @@ COLUMNS = [
     (1, 9, True),
     (9, 9, False),
 ]
-ROWS = [(3, 12), (2, 5), (1, 4), (4, 4), (6, 13)]
+ROWS = [(3, 12), (2, 5), (1, 4), (4, 4), (6, 13), (2, 16), (3, 18), (3, 9), (3, 5)]
 
 # Relative to the largest loss or gradient. In float32 the gradient is a sum of terms that are
 # larger. Half types have the error of its last rounding.
