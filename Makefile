@@ -136,7 +136,7 @@ test-torches:  ## make test with each of TORCHES: ten minutes and 8 GB each
 	done
 
 COMPILERS ?= g++-11 g++-12 g++-13 g++-14 g++-15 g++-16 clang++-14
-NUMERIC_TESTS = $(call test_files,values layouts edges autograd numerics stats counts_and_parts unit_gradient cpu_kernels properties)
+NUMERIC_TESTS = $(call test_files,values layouts edges autograd numerics stats counts_and_parts unit_gradient cpu_kernels properties upsampled)
 test-compilers: $(BUILT)  ## the kernels' tests at every level, loops' instructions; COMPILERS=: minutes each
 	$(call apt_install,/usr/include/valgrind/callgrind.h,valgrind)
 	for compiler in $(COMPILERS); do \

@@ -161,6 +161,7 @@ def test_a_cache_that_is_read_only(checkout, tmp_path):
     assert_one_clear_error(done, "can be written to", f"Permission denied: '{cache}/")
 
 
+@pytest.mark.packaging
 def test_a_disk_with_no_room(checkout, tmp_path):
     """Files are limited to 8 KiB: the compiler fails as on a full disk."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"

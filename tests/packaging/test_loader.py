@@ -136,6 +136,7 @@ print("hit" if "fxgraph_cache_hit" in found else "miss")
 """
 
 
+@pytest.mark.packaging
 def test_code_that_was_compiled_for_another_library_is_not_used(installed_copy):
     """torch.compile's cache outlives a process. Without our key it would not notice changed
     operators, and a gradient would be wrong without an error."""
