@@ -47,14 +47,15 @@ struct FromEnds {
   static void add_gradients(const StripRow<Patch, acc_t>& strip, int64_t begin, int64_t end,
                             const acc_t* factors, const BandMemory<acc_t>& memory) {
     alignas(64) Factors weighed;
-    for (int k = 0; k < Patch::kArea; ++k) {
-      const acc_t* values = factors + k * kLanes;
-      for (int side = 0; side < kEnds; ++side) {
-        const acc_t weight = Patch::template weight<acc_t>(side, k % kPixels);
-        acc_t* to = weighed[side][k / kPixels][k % kPixels];
+    for (int side = 0; side < kEnds; ++side) {
+      for (int j = 0; j < kPixels; ++j) {
 #pragma omp simd
         for (int64_t i = 0; i < kLanes; ++i) {
-          to[i] = weight * values[i];
+#pragma GCC unroll 4
+          for (int k = 0; k < kPixels; ++k) {
+            weighed[side][j][k][i] =
+                Patch::template weight<acc_t>(side, k) * factors[(j * kPixels + k) * kLanes + i];
+          }
         }
       }
     }

@@ -15,14 +15,15 @@
 namespace oe_ext::cpu {
 namespace {
 
-// Where the pixels of a patch lie along an axis: at k / kPixels, or centered at (k + 0.5) / kPixels.
+// Where the pixels of a patch lie along an axis: at k / kPixels, or centered at (k + 0.5) /
+// kPixels.
 template <int kCount, bool kCentered>
 struct Patch {
-  static constexpr int kPixels = kCount;             // of a side
+  static constexpr int kPixels = kCount;  // of a side
   static constexpr int kEnds = ends_of(kPixels);
   static constexpr int64_t kLanes = lanes_of(kPixels);
   static constexpr int kArea = kPixels * kPixels;
-  static constexpr int kCorners = 2 * kEnds;         // above left, above right, and below
+  static constexpr int kCorners = 2 * kEnds;  // above left, above right, and below
   // May the first row of pixels be that of the elements above?
   static constexpr bool kMayTouch = !kCentered;
   // The exponential of pixel k of a row is p^(kPower - e) q^e, with e = kPower * right_weight(k),
@@ -145,8 +146,8 @@ struct StripRow {
         bottom_gradient(memory.bottom_gradient + strip.first_patch) {}
 };
 
-// Sets the ends of patches in their rows of pixels: of one class, or another row of BandMemory. With
-// kExps, the exponentials of kPart times each. Functions that are called for every class are
+// Sets the ends of patches in their rows of pixels: of one class, or another row of BandMemory.
+// With kExps, the exponentials of kPart times each. Functions that are called for every class are
 // inlined.
 template <bool kExps, typename Patch, typename acc_t>
 OE_EXT_INLINE void set_ends(const StripRow<Patch, acc_t>& strip, int64_t index, acc_t* ends) {
@@ -235,12 +236,12 @@ void find_logits_at_labels(const StripRow<Patch, acc_t>& strip, int64_t num_clas
       const acc_t* bottom = strip.bottom + cls * strip.stride;
 #pragma omp simd
       for (int64_t i = 0; i < kLanes; ++i) {
-        interpolate(row, top[i], bottom[i], top[i + 1], bottom[i + 1],
-                    [&](int64_t pixel, acc_t value) {
-                      acc_t& at_label = rows.at_label[pixel + i];
-                      at_label = select(rows.label[pixel + i] == static_cast<IntOf<acc_t>>(cls),
-                                        value, at_label);
-                    });
+        interpolate(
+            row, top[i], bottom[i], top[i + 1], bottom[i + 1], [&](int64_t pixel, acc_t value) {
+              acc_t& at_label = rows.at_label[pixel + i];
+              at_label =
+                  select(rows.label[pixel + i] == static_cast<IntOf<acc_t>>(cls), value, at_label);
+            });
       }
     }
     return;
@@ -277,8 +278,8 @@ void find_logits_at_labels(const StripRow<Patch, acc_t>& strip, int64_t num_clas
   }
 }
 
-// Calls use(label, lane, -1) for a patch whose pixels have one label, and else use(label, lane, pixel)
-// for each of its pixels. Without a branch: a pixel that is no inlier has the label 0.
+// Calls use(label, lane, -1) for a patch whose pixels have one label, and else use(label, lane,
+// pixel) for each of its pixels. Without a branch: a pixel that is no inlier has the label 0.
 template <typename Patch, typename acc_t, typename Use>
 OE_EXT_INLINE void for_each_label(const StripRow<Patch, acc_t>& strip,
                                   const CommonLabels<Patch, acc_t>& common,
@@ -295,9 +296,11 @@ OE_EXT_INLINE void for_each_label(const StripRow<Patch, acc_t>& strip,
   }
 }
 
-// Sums part(pixel + lane) over the pixels of each lane's patch, weighed by each corner: [lane][corner].
+// Sums part(pixel + lane) over the pixels of each lane's patch, weighed by each corner:
+// [lane][corner].
 template <typename Patch, typename acc_t, typename Part>
-OE_EXT_INLINE void sum_at_corners(const PatchRow<Patch, acc_t>& row, const Part& part, acc_t* sums) {
+OE_EXT_INLINE void sum_at_corners(const PatchRow<Patch, acc_t>& row, const Part& part,
+                                  acc_t* sums) {
   constexpr int kEnds = Patch::kEnds;
   alignas(64) acc_t corners[Patch::kCorners][Patch::kLanes];
 #pragma GCC unroll 4
@@ -354,7 +357,8 @@ void set_label_parts(const StripRow<Patch, acc_t>& strip, int64_t num_classes,
       acc_t* to = memory.at_labels + cls * kLanes * kCorners;
       const IntOf<acc_t>* labels = rows.label;
       sum_at_corners(
-          row, [=](int64_t pixel) { return select(labels[pixel] == label, parts[pixel], acc_t(0)); },
+          row,
+          [=](int64_t pixel) { return select(labels[pixel] == label, parts[pixel], acc_t(0)); },
           to);
       memory.has_label[cls] = 1;
     }
