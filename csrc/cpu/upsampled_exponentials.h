@@ -78,6 +78,8 @@ struct FromEnds {
     acc_t* at_labels = memory.at_labels + cls * kLanes * Patch::kCorners;
     acc_t* top = strip.top_gradient + cls * kEnds * stride;
     acc_t* bottom = strip.bottom_gradient + cls * kEnds * stride;
+    // Not added to the gradient at once: clang would not vectorise so many accesses of memory.
+    alignas(64) acc_t sums[Patch::kCorners][kLanes];
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
       acc_t of_top[kEnds] = {};
@@ -100,8 +102,15 @@ struct FromEnds {
           at_labels[i * Patch::kCorners + side] = 0;
           at_labels[i * Patch::kCorners + kEnds + side] = 0;
         }
-        top[side * stride + i] += of_top[side];
-        bottom[side * stride + i] += of_bottom[side];
+        sums[side][i] = of_top[side];
+        sums[kEnds + side][i] = of_bottom[side];
+      }
+    }
+    for (int side = 0; side < kEnds; ++side) {
+#pragma omp simd
+      for (int64_t i = 0; i < kLanes; ++i) {
+        top[side * stride + i] += sums[side][i];
+        bottom[side * stride + i] += sums[kEnds + side][i];
       }
     }
   }
