@@ -139,7 +139,7 @@ class LaneRows {
   }
 
   const Rows& tensors_;
-  int64_t missing_;   // pixels that the first patch of a row lacks
+  int64_t missing_;   // pixels that the first cell of a row lacks
   int64_t width_;     // pixels of a row
   int64_t row_size_;  // and of its patches, if they were whole, and of a strip's lanes more
   std::vector<IntOf<acc_t>> labels_;  // [pixel of a column][pixel of patches]: of a row of patches

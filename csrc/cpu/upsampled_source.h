@@ -128,9 +128,6 @@ void interpolate_columns(const PatchAxis<acc_t>& axis, const acc_t* columns, acc
 
 // ---- Gradients of the source
 
-// Classes whose gradients are summed at columns at once: sums of one class wait for each other.
-constexpr int64_t kColumnsAtOnce = 4;
-
 // Sets the gradient with respect to columns from that with respect to the ends of patches, of
 // kColumnsAtOnce classes.
 template <int kPhases, typename acc_t>

@@ -22,6 +22,9 @@ constexpr int64_t lanes_of(int patch_pixels) { return patch_pixels == 4 ? 16 : 4
 // The ends that the pixels of a patch's row lie between.
 constexpr int ends_of(int patch_pixels) { return patch_pixels == 1 ? 1 : 2; }
 
+// Classes whose gradients are summed at columns at once: sums of one class wait for each other.
+constexpr int64_t kColumnsAtOnce = 4;
+
 // One axis, cut into patches, from first_patch to before end_patch.
 template <typename acc_t>
 struct PatchAxis {
@@ -162,7 +165,7 @@ struct BandMemory {
   acc_t* top_gradient;
   acc_t* bottom_gradient;  // and below
   acc_t* uniform;          // [patch]: the gradient of ends of the uniform distribution
-  acc_t* ends;             // and of four classes
+  acc_t* ends;             // and of kColumnsAtOnce classes
   // Of one strip:
   acc_t* x;          // of rows [pixel of a column][lane]: the ends in the rows of pixels
   acc_t* exps;       // [class][pixel of a column][lane]: exponentials of x / kPower; then ones
@@ -191,7 +194,7 @@ struct BandMemory {
     top_gradient = take((num_classes + 1) * sides * end_stride);
     bottom_gradient = take((num_classes + 1) * sides * end_stride);
     uniform = take(end_stride);
-    ends = take(4 * end_stride);
+    ends = take(kColumnsAtOnce * end_stride);
     x = take((num_classes + 2) * pixels * lanes);
     exps = take((num_classes + 1) * pixels * lanes);
     has_label = take(num_classes + 1);
