@@ -223,24 +223,6 @@ struct CommonLabels {
   alignas(64) IntOf<acc_t> of_lane[Patch::kLanes];
 };
 
-// Calls use(label, lane, -1) for a patch whose pixels have one label, and else use(label, lane,
-// pixel) for each of its pixels. Without a branch: a pixel that is no inlier has the label 0.
-template <typename Patch, typename acc_t, typename Use>
-OE_EXT_INLINE void for_each_label(const StripRow<Patch, acc_t>& strip,
-                                  const CommonLabels<Patch, acc_t>& common,
-                                  const TileRows<acc_t>& rows, const Use& use) {
-  for (int64_t lane = 0; lane < strip.num_patches; ++lane) {
-    if (common.of_lane[lane] >= 0) {
-      use(int64_t(common.of_lane[lane]), lane, -1);
-    } else if (common.of_lane[lane] == kDiffer) {
-#pragma GCC unroll 16
-      for (int k = 0; k < Patch::kArea; ++k) {
-        use(std::max<int64_t>(0, rows.label[k * Patch::kLanes + lane]), lane, k);
-      }
-    }
-  }
-}
-
 // Sets at_label to the (shifted) logit of each pixel at its label.
 template <typename Patch, typename acc_t>
 void find_logits_at_labels(const StripRow<Patch, acc_t>& strip, int64_t num_classes,
@@ -280,15 +262,38 @@ void find_logits_at_labels(const StripRow<Patch, acc_t>& strip, int64_t num_clas
                   [&](int64_t pixel, acc_t value) { rows.at_label[pixel + i] = value; });
     }
   }
-  for_each_label(strip, common, rows, [&](int64_t label, int64_t lane, int k) {
-    if (k >= 0) {
-      const int64_t place = label * strip.stride + lane;
+  for (int64_t lane = 0; lane < strip.num_patches; ++lane) {
+    if (Patch::kArea > 1 && common.of_lane[lane] != kDiffer) {
+      continue;
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < Patch::kArea; ++k) {
+      const int64_t pixel = k * kLanes + lane;
+      const int64_t place = std::max<int64_t>(0, rows.label[pixel]) * strip.stride + lane;
       const int j = k / Patch::kPixels;
-      rows.at_label[k * kLanes + lane] = Patch::interpolate(
+      rows.at_label[pixel] = Patch::interpolate(
           k % Patch::kPixels, row.between(j, strip.top[place], strip.bottom[place]),
           row.between(j, strip.top[place + 1], strip.bottom[place + 1]));
     }
-  });
+  }
+}
+
+// Calls use(label, lane, -1) for a patch whose pixels have one label, and else use(label, lane,
+// pixel) for each of its pixels. Without a branch: a pixel that is no inlier has the label 0.
+template <typename Patch, typename acc_t, typename Use>
+OE_EXT_INLINE void for_each_label(const StripRow<Patch, acc_t>& strip,
+                                  const CommonLabels<Patch, acc_t>& common,
+                                  const TileRows<acc_t>& rows, const Use& use) {
+  for (int64_t lane = 0; lane < strip.num_patches; ++lane) {
+    if (Patch::kArea > 1 && common.of_lane[lane] >= 0) {
+      use(int64_t(common.of_lane[lane]), lane, -1);
+    } else if (Patch::kArea == 1 || common.of_lane[lane] == kDiffer) {
+#pragma GCC unroll 16
+      for (int k = 0; k < Patch::kArea; ++k) {
+        use(std::max<int64_t>(0, rows.label[k * Patch::kLanes + lane]), lane, k);
+      }
+    }
+  }
 }
 
 // Sums part(pixel + lane) over the pixels of each lane's patch, weighed by each corner:
