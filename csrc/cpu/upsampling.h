@@ -149,6 +149,8 @@ class Upsampling {
   std::vector<Strip> strips_;
 };
 
+namespace {
+
 // Arrays of a band in scratch memory. "Of rows" means: of each class, then of the sum of all
 // classes, then of the shift. An end is that of a patch: on its left side, or, in patches of more
 // than one pixel, on its right side, which is the left one of the next patch.
@@ -203,4 +205,5 @@ struct BandMemory {
   }
 };
 
+}  // namespace
 }  // namespace oe_ext::cpu
