@@ -159,7 +159,7 @@ test-pythons:  ## make test on each of PYTHONS that is here: minutes each
 	  fi; \
 	done
 
-test-mutants: $(BUILT)  ## wrong CUDA kernels, which the CPU harness must all catch: minutes
+test-mutants: $(BUILT)  ## wrong kernels, which the tests must all catch: minutes
 	$(PY) -m pytest -m mutants $(ARGS)
 
 test-nvcc: $(BUILT) $(CUDA_TOOLS)  ## the CUDA kernels' machine code; needs nvcc: minutes

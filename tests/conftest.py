@@ -61,6 +61,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     fates = _reported(terminalreporter, "mutant")
     if fates:
         killed = sum("SURVIVED" not in fate for fate in fates)
-        terminalreporter.section(f"mutants of the CUDA kernels: {killed} of {len(fates)} killed")
+        terminalreporter.section(f"mutants of the kernels: {killed} of {len(fates)} killed")
         for fate in fates:
             terminalreporter.write_line(fate)
