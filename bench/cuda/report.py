@@ -102,11 +102,13 @@ def patch_table(kernels: list[Kernel]) -> str:
     return _table(
         of_patches,
         {
-            "sum": per_pixel(lambda patch: patch.sum),
-            "gradient": per_pixel(lambda patch: patch.gradient),
-            "both": lambda k: f"{k.patch.per_pixel():.1f}",
-            "budget": lambda k: PATCH_BUDGETS[k.width][0],
-            "more at a label": per_pixel(lambda patch: patch.label),
+            "sum": per_pixel(lambda patch: patch.kept.sum),
+            "gradient": per_pixel(lambda patch: patch.kept.gradient),
+            "both": per_pixel(lambda patch: patch.kept.sum + patch.kept.gradient),
+            "budget": lambda k: PATCH_BUDGETS[k.width]["kept"][0],
+            "again: both": per_pixel(lambda patch: patch.again.sum + patch.again.gradient),
+            "again: budget": lambda k: PATCH_BUDGETS[k.width]["again"][0],
+            "again: more at a label": per_pixel(lambda patch: patch.again.label),
         },
     )
 

@@ -139,28 +139,47 @@ def shortest_round(lines: Lines, loops: list[Loop]) -> int:
 
 
 @dataclass(frozen=True)
-class PatchCode:
-    """The two loops over classes of a patch of upsampled pixels."""
+class PatchLoops:
+    """Instructions of the two loops over classes of a patch of upsampled pixels."""
 
-    pixels: int
-    sum: int  # instructions
+    sum: int
     gradient: int  # where no pixel has the class as its label
     label: int  # more, where one has
 
-    def per_pixel(self) -> float:
-        return (self.sum + self.gradient) / self.pixels
+
+@dataclass(frozen=True)
+class PatchCode:
+    """The loops with exponentials that are kept in shared memory, and with those that are computed
+    again."""
+
+    pixels: int
+    kept: PatchLoops
+    again: PatchLoops
 
 
 def patch_code(lines: Lines, pixels: int) -> PatchCode | None:
-    """They compute an exponential of each pixel; the gradient's also shuffles. Of those of the
-    careful way, which are longer, there is one more; None without any, as of doubles."""
-    shuffles: dict[bool, list[Loop]] = {False: [], True: []}
+    """None without these loops, as of doubles. The gradient's alone shuffle, twice. Of those of the
+    careful way, which are longer, there is one more."""
+    found: dict[tuple[str, bool], list[Loop]] = {}
     for loop in innermost_loops(lines):
-        if sum("MUFU.EX2" in text for text in loop.body) == pixels:
-            shuffles[any("SHFL" in text for text in loop.body)].append(loop)
-    if not all(shuffles.values()):
+        exps, shuffles, stores, loads = (
+            sum(word in text for text in loop.body) for word in ("MUFU.EX2", "SHFL", "STS", "LDS")
+        )
+        if exps == pixels and shuffles == 0:
+            found.setdefault(("sum", stores > 0), []).append(loop)
+        elif exps in (0, pixels) and shuffles == 2 and loads > 0:
+            found.setdefault(("gradient", exps == 0), []).append(loop)
+    if len(found) < 4:
         return None
-    summing, adding = (min(loops, key=lambda loop: len(loop.body)) for loops in shuffles.values())
+    shortest = {key: min(loops, key=lambda loop: len(loop.body)) for key, loops in found.items()}
+    of_kept, of_again = (
+        _patch_loops(lines, shortest["sum", keeps], shortest["gradient", keeps])
+        for keeps in (True, False)
+    )
+    return PatchCode(pixels, of_kept, of_again)
+
+
+def _patch_loops(lines: Lines, summing: Loop, adding: Loop) -> PatchLoops:
     addresses = [address for address, _ in lines if address in adding]
     skipped = [
         sum(address < other < target for other in addresses)
@@ -168,4 +187,4 @@ def patch_code(lines: Lines, pixels: int) -> PatchCode | None:
         if (target := _target(text, "BRA")) is not None and target in adding
     ]
     label = max(skipped, default=0)
-    return PatchCode(pixels, len(summing.body), len(adding.body) - label, label)
+    return PatchLoops(len(summing.body), len(adding.body) - label, label)

@@ -7,8 +7,16 @@
 namespace oe_ext::cuda {
 namespace {
 
-// A warp has so many classes, unless there are more than for the largest block.
+// A warp has so many classes, unless there are more than for the largest block. Blocks that keep
+// exponentials take much shared memory, so they are made larger.
 constexpr int64_t kClassesPerWarp = 8;
+constexpr int64_t kKeptClassesPerWarp = 4;
+
+// So many blocks that keep exponentials must fit a multiprocessor, or its schedulers run dry.
+constexpr int64_t kMinKeepingBlocks = 2;
+
+// Shared memory that a block takes beside the dynamic one: its own, and 1 KB of the system's.
+constexpr int64_t kOtherSharedBytes = kStaticSharedBytes + 1024;
 
 // Bands of more cells leave fewer rows of elements to be added up, but fewer columns to run at
 // once.
@@ -21,17 +29,14 @@ template <typename acc_t>
 constexpr int kLargePatch = sizeof(acc_t) == 4 ? 4 : 2;
 constexpr int kSmallPatch = 2;
 
-// How a call is cut into work: by its shapes alone, so that the bits are the same on every device.
+// How a call is cut into work: by its shapes, and by the shared memory of a block.
 template <typename Args>
 struct UpsampledLaunch {
   using acc_t = std::remove_pointer_t<decltype(Args::grad.data)>;
 
   explicit UpsampledLaunch(const Args& args)
       : has_large_cells(args.vertical.max_pixels() > kSmallPatch &&
-                        args.horizontal.max_pixels() > kSmallPatch),
-        threads(kWarpSize *
-                static_cast<int>(std::clamp<int64_t>(args.num_classes() / kClassesPerWarp, 1,
-                                                     kMaxUpsampledThreads / kWarpSize))) {
+                        args.horizontal.max_pixels() > kSmallPatch) {
     const int64_t cell_rows = args.vertical.in + 1;
     plan.num_cells = args.horizontal.in + 1;
     const int64_t cells = args.num_images * plan.num_cells * cell_rows;
@@ -44,13 +49,27 @@ struct UpsampledLaunch {
     if (has_gradient && plan.num_bands > 1) {
       first_rows = args.num_images * plan.num_bands * args.num_classes() * args.horizontal.in;
     }
-    shared_bytes = patch_bytes(has_large_cells, threads, args.num_classes());
+    const int64_t num_classes = args.num_classes();
+    const int64_t many_warps = num_warps(num_classes / kKeptClassesPerWarp);
+    // Doubles take the careful way, which keeps none.
+    const int64_t kept_bytes = block_bytes(many_warps, num_classes, true) + kOtherSharedBytes;
+    const bool may_keep = std::is_same_v<acc_t, float> &&
+                          kMinKeepingBlocks * kept_bytes <= max_stage_bytes() + kOtherSharedBytes;
+    // The same number with and without a gradient: the losses then have the same bits.
+    const int64_t warps = may_keep ? many_warps : num_warps(num_classes / kClassesPerWarp);
+    plan.keeps_exps = may_keep && has_gradient;
+    threads = static_cast<int>(warps) * kWarpSize;
+    shared_bytes = block_bytes(warps, num_classes, plan.keeps_exps);
   }
 
-  static int64_t patch_bytes(bool has_large_cells, int threads, int64_t num_classes) {
-    const int64_t warps = threads / kWarpSize;
-    return has_large_cells ? PatchMemory<acc_t, kLargePatch<acc_t>>::bytes(warps, num_classes)
-                           : PatchMemory<acc_t, kSmallPatch>::bytes(warps, num_classes);
+  static int64_t num_warps(int64_t wanted) {
+    return std::clamp<int64_t>(wanted, 1, kMaxUpsampledThreads / kWarpSize);
+  }
+
+  int64_t block_bytes(int64_t warps, int64_t num_classes, bool keeps_exps) const {
+    return has_large_cells
+               ? PatchMemory<acc_t, kLargePatch<acc_t>>::bytes(warps, num_classes, keeps_exps)
+               : PatchMemory<acc_t, kSmallPatch>::bytes(warps, num_classes, keeps_exps);
   }
 
   // Where the bands leave their first rows, behind the partial sums; null without any.
@@ -138,7 +157,7 @@ template <typename acc_t>
 int64_t max_classes() {
   const auto bytes = [](int64_t num_classes) {
     return PatchMemory<acc_t, kLargePatch<acc_t>>::bytes(kMaxUpsampledThreads / kWarpSize,
-                                                         num_classes);
+                                                         num_classes, /*keeps_exps=*/false);
   };
   return (max_stage_bytes() - bytes(0)) / (bytes(1) - bytes(0));
 }

@@ -7,9 +7,13 @@
 namespace oe_ext::cuda {
 
 // The largest block, and how many of them fit the registers of a multiprocessor at least: the
-// launch bounds.
+// launch bounds. One block more than these would spill.
 constexpr int kMaxUpsampledThreads = 128;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kMinUpsampledBlocks = 2;
+#else
+constexpr int kMinUpsampledBlocks = 3;
+#endif
 
 // A pixel of the target whose logits have been summed up.
 template <typename acc_t>
@@ -125,6 +129,11 @@ __device__ void finish_patch(const Args& args, const CellCorners<scalar_t, acc_t
         gradient = {gradient.factor * acc_t(0), 0, 0};  // exactly 0, or NaN
       }
     }
+    if constexpr (!Pixels::kHasMax) {
+      if (memory.keeps_exps && cls >= 0) {
+        memory.exps.at(cls * kSize + r, k) -= gradient.at_label;
+      }
+    }
     memory.factor.at(r, k) = gradient.factor;
     memory.offset.at(r, k) = gradient.offset;
     memory.label_part.at(r, k) = cls >= 0 ? gradient.factor * gradient.at_label : acc_t(0);
@@ -175,7 +184,7 @@ __device__ void process_columns(const UpsampledArgs<scalar_t, Rows>& args,
                                 unsigned char* shared, const Divisors<acc_t>& divisors,
                                 ThreadSums& sums) {
   const auto num_classes = static_cast<int>(args.num_classes());
-  const PatchMemory<acc_t, kSize> memory(shared, num_classes);
+  const PatchMemory<acc_t, kSize> memory(shared, num_classes, plan.keeps_exps);
   const bool writes_gradient = args.rows.grad_logits != nullptr;
   const auto max_rows = static_cast<int>(args.vertical.max_pixels());
   const auto max_columns = static_cast<int>(args.horizontal.max_pixels());
@@ -241,9 +250,9 @@ __device__ void process_columns(const UpsampledArgs<scalar_t, Rows>& args,
 // of 1.
 // Work split:  a warp has 32 columns of cells, the last one its neighbour's, a lane each; the warps
 //              of a block have the same ones and share the classes. Blocks stride over the columns
-// Reads:       logits: each element from the four cells around it, 3 times (maxima, sums, gradient;
-//              the caches have it after the first); labels and alpha, once, by one warp;
-//              class_weights; partials.counts, or all labels
+// Reads:       logits: each element from the four cells around it, for the maxima, the sums and,
+//              unless exponentials are kept, the gradient (the caches have it after the first);
+//              labels and alpha, once, by one warp; class_weights; partials.counts, or all labels
 // Writes:      on request row_loss, row_cross_entropy, row_max, row_sum_exp, row_argmax, and the
 //              gradient once, coalesced if the column stride is 1, but for first_rows, which
 //              add_bands adds; partials.sums [gridDim.x]

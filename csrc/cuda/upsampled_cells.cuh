@@ -21,6 +21,7 @@ struct UpsampledPlan {
   int64_t num_bands = 1;
   int64_t num_cells = 1;  // of a row
   int64_t num_columns = 1;
+  bool keeps_exps = false;  // of a patch, from the sums to the gradient, in shared memory
 
   C10_HOST_DEVICE int64_t num_strips() const {
     return (num_columns + kOwnColumns - 1) / kOwnColumns;
@@ -95,7 +96,7 @@ class PatchMemory {
   using Values = Stage<acc_t, kSize>;
   using Classes = Stage<int, kSize>;
 
-  __device__ PatchMemory(unsigned char* shared, int num_classes)
+  __device__ PatchMemory(unsigned char* shared, int num_classes, bool keeps_exps)
       : warp(static_cast<int>(threadIdx.x) / kWarpSize),
         lane(static_cast<int>(threadIdx.x) % kWarpSize),
         num_warps(static_cast<int>(blockDim.x) / kWarpSize),
@@ -104,12 +105,15 @@ class PatchMemory {
         offset(shared + (num_warps + 2) * kPatchBytes, kSize, 0),
         label_part(shared + (num_warps + 3) * kPatchBytes, kSize, 0),
         label(shared + (num_warps + 4) * kPatchBytes, kSize, 0),
+        keeps_exps(keeps_exps),
+        exps(shared + bytes(num_warps, num_classes, /*keeps_exps=*/false), kSize, 0),
         shared_(shared),
         gradient_(reinterpret_cast<acc_t*>(shared + (num_warps + 5) * kPatchBytes) + lane),
         side_size_(num_classes * kWarpSize) {}
 
-  static int64_t bytes(int64_t num_warps, int64_t num_classes) {
-    return (num_warps + 5) * kPatchBytes + 2 * num_classes * kRowBytes;
+  C10_HOST_DEVICE static int64_t bytes(int64_t num_warps, int64_t num_classes, bool keeps_exps) {
+    const int64_t of_class = 2 * kRowBytes + (keeps_exps ? kPatchBytes : 0);
+    return (num_warps + 5) * kPatchBytes + num_classes * of_class;
   }
 
   // What the columns' element of a class gets: of the row of elements above (0, 1: as they change
@@ -160,6 +164,10 @@ class PatchMemory {
   Values offset;
   Values label_part;  // what the gradient has less of at the label
   Classes label;      // the class, or -1
+  // Of all classes, if the plan keeps them: slots of a class are kSize * cls + row. The warp of the
+  // class has them in the loops, and the warps that finish rows between these.
+  bool keeps_exps;
+  Values exps;
 
  private:
   static constexpr int64_t kRowBytes = kWarpSize * sizeof(acc_t);

@@ -125,26 +125,44 @@ struct Add {
   }
 };
 
+// Adds up what this warp has of both sums.
+template <bool kKeeps, typename scalar_t, typename acc_t, int kSize>
+__device__ void sum_classes(const CellCorners<scalar_t, acc_t>& corners,
+                            const PatchWeights<acc_t, kSize>& weights,
+                            const PatchMemory<acc_t, kSize>& memory, int num_classes,
+                            acc_t (&sum_exp)[kSize * kSize], acc_t (&sum_terms)[kCorners]) {
+  using Pixels = QuickPixels<acc_t>;
+  for_each_class<Pixels>(corners, memory, num_classes, [&](int cls, const Pixels& pixels) {
+    Vector<acc_t, kSize> exps[kSize];
+    for (int k = 0; k < kSize; ++k) {
+      const acc_t above = Pixels::above(weights.right[k], pixels.terms);
+      const acc_t step = Pixels::step(weights.right[k], pixels.terms);
+      for (int r = 0; r < kSize; ++r) {
+        exps[r].values[k] = power(std::fma(weights.below[r], step, above));
+        sum_exp[r * kSize + k] += exps[r].values[k];
+      }
+    }
+    for (int r = 0; kKeeps && r < kSize; ++r) {
+      memory.exps.put(cls * kSize + r, exps[r]);
+    }
+    for (int i = 0; i < kCorners; ++i) {
+      sum_terms[i] += pixels.terms[i];
+    }
+  });
+}
+
 // Are the sums large enough? Only then are they left.
 template <typename scalar_t, typename acc_t, int kSize>
 __device__ bool sum_quickly(const CellCorners<scalar_t, acc_t>& corners,
                             const PatchWeights<acc_t, kSize>& weights,
                             const PatchMemory<acc_t, kSize>& memory, int num_classes,
                             acc_t (&sum_terms)[kCorners]) {
-  using Pixels = QuickPixels<acc_t>;
   acc_t sum_exp[kSize * kSize] = {};
-  for_each_class<Pixels>(corners, memory, num_classes, [&](int, const Pixels& pixels) {
-    for (int k = 0; k < kSize; ++k) {
-      const acc_t above = Pixels::above(weights.right[k], pixels.terms);
-      const acc_t step = Pixels::step(weights.right[k], pixels.terms);
-      for (int r = 0; r < kSize; ++r) {
-        sum_exp[r * kSize + k] += power(std::fma(weights.below[r], step, above));
-      }
-    }
-    for (int i = 0; i < kCorners; ++i) {
-      sum_terms[i] += pixels.terms[i];
-    }
-  });
+  if (memory.keeps_exps) {
+    sum_classes<true>(corners, weights, memory, num_classes, sum_exp, sum_terms);
+  } else {
+    sum_classes<false>(corners, weights, memory, num_classes, sum_exp, sum_terms);
+  }
   memory.merge_warps(sum_exp, Add());
   memory.merge_warps(sum_terms, Add());
   AnyOf is_small;
@@ -313,6 +331,27 @@ __device__ void add_gradients(const CellCorners<scalar_t, acc_t>& corners,
   const ElementGradients<acc_t> more(of_uniform, weights);
   uniform.above += more.above;
   uniform.below += more.below;
+  const auto add = [&](int cls, const ColumnSums<acc_t, kSize>& columns) {
+    const ElementGradients<acc_t> gradients(columns, weights);
+    memory.gradient(side, cls) += gradients.above;
+    memory.gradient(1 - side, cls) += gradients.below;
+  };
+  if constexpr (!Pixels::kHasMax) {
+    if (memory.keeps_exps) {  // from which the labels' part has been subtracted
+#pragma unroll 1
+      for (int cls = memory.warp; cls < num_classes; cls += memory.num_warps) {
+        ColumnSums<acc_t, kSize> columns;
+        for (int r = 0; r < kSize; ++r) {
+          const auto exps = memory.exps.get(cls * kSize + r);
+          for (int k = 0; k < kSize; ++k) {
+            columns.add(r, k, exps.values[k], factor[r].values[k]);
+          }
+        }
+        add(cls, columns);
+      }
+      return;
+    }
+  }
   for_each_class<Pixels>(corners, memory, num_classes, [&](int cls, const Pixels& pixels) {
     ColumnSums<acc_t, kSize> columns;
     for (int r = 0; r < kSize; ++r) {
@@ -335,9 +374,7 @@ __device__ void add_gradients(const CellCorners<scalar_t, acc_t>& corners,
         }
       }
     }
-    const ElementGradients<acc_t> gradients(columns, weights);
-    memory.gradient(side, cls) += gradients.above;
-    memory.gradient(1 - side, cls) += gradients.below;
+    add(cls, columns);
   });
 }
 

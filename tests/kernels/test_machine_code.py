@@ -10,6 +10,7 @@ from paths import ROOT
 
 sys.path.insert(0, str(ROOT / "bench" / "cuda"))
 import machine_code
+import sass
 from faults import budget, faults
 
 pytestmark = [
@@ -41,10 +42,18 @@ def test_faults_of_upsampled_logits_are_found():
     kernels = machine_code.inspect("80")
     kernel = next(k for k in kernels if k.name == "forward_upsampled" and k.patch)
     assert faults([kernel]) == []
+
+    def with_more(kind: str, **more: int) -> sass.PatchCode:
+        loops = getattr(kernel.patch, kind)
+        changed = {name: getattr(loops, name) + count for name, count in more.items()}
+        return dataclasses.replace(kernel.patch, **{kind: dataclasses.replace(loops, **changed)})
+
     for patch, fault in [
         (None, "no loops over the classes"),
-        (dataclasses.replace(kernel.patch, sum=kernel.patch.sum * 2), "instructions a pixel, of"),
-        (dataclasses.replace(kernel.patch, label=kernel.patch.label * 3), "instructions a pixel"),
+        (with_more("kept", sum=40), "exponentials kept: "),
+        (with_more("kept", label=1), "exponentials kept: "),
+        (with_more("again", gradient=100), "exponentials again: "),
+        (with_more("again", label=100), "exponentials again: "),
     ]:
         (found,) = faults([dataclasses.replace(kernel, patch=patch)])
         assert fault in found

@@ -242,7 +242,10 @@ void run(const Launch& launch, void (*thread)(const void*), const void* context)
                 std::to_string(launch.max_threads));
   }
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) throw Error("launch: an empty grid");
-  if (launch.shared_bytes > kMaxSharedBytes) throw Error("launch: too much shared memory");
+  // Any block may have 48 KB.
+  if (launch.shared_bytes > std::max<size_t>(max_stage_bytes, 48 * 1024)) {
+    throw Error("launch: too much shared memory");
+  }
   if (stacks_size < num_threads * kStackSize) {
     stacks_size = num_threads * kStackSize;
     stacks.reset(new unsigned char[stacks_size]);

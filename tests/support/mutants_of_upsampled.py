@@ -39,8 +39,8 @@ MUTANTS_OF_UPSAMPLED = [
     Mutant(
         "upsampled: memory for a class too few",
         CELLS,
-        "2 * num_classes * kRowBytes;",
-        "2 * (num_classes - 1) * kRowBytes;",
+        "kPatchBytes + num_classes * of_class;",
+        "kPatchBytes + (num_classes - 1) * of_class;",
     ),
     Mutant(
         "upsampled: a band's first rows have room for a band too few",
@@ -188,12 +188,43 @@ MUTANTS_OF_UPSAMPLED = [
         "pixel.sum_exp, rows.grad[pixel.row],",
         "pixel.sum_exp, acc_t(1),",
     ),
+    # Exponentials that are kept
+    Mutant(
+        "upsampled: kept exponentials lack the label's part",
+        UPSAMPLED,
+        "memory.exps.at(cls * kSize + r, k) -= gradient.at_label;",
+        "",
+    ),
+    Mutant(
+        "upsampled: the label's part goes to the pixel's neighbour",
+        UPSAMPLED,
+        "memory.exps.at(cls * kSize + r, k) -=",
+        "memory.exps.at(cls * kSize + r, kSize - 1 - k) -=",
+    ),
+    Mutant(
+        "upsampled: kept exponentials lie over the gradients of the last class",
+        CELLS,
+        "exps(shared + bytes(num_warps, num_classes, /*keeps_exps=*/false), kSize, 0),",
+        "exps(shared + bytes(num_warps, num_classes - 1, /*keeps_exps=*/false), kSize, 0),",
+    ),
+    Mutant(
+        "upsampled: classes keep their exponentials in one place",
+        PATCHES,
+        "memory.exps.put(cls * kSize + r, exps[r]);",
+        "memory.exps.put(memory.warp * kSize + r, exps[r]);",
+    ),
+    Mutant(
+        "upsampled: exponentials are kept where there is no room",
+        LAUNCH,
+        "kMinKeepingBlocks * kept_bytes <= max_stage_bytes() + kOtherSharedBytes",
+        "true",
+    ),
     # The launcher
     Mutant(
         "upsampled: a block of twice the threads",
         LAUNCH,
-        "kMaxUpsampledThreads / kWarpSize))) {",
-        "2 * kMaxUpsampledThreads / kWarpSize))) {",
+        "wanted, 1, kMaxUpsampledThreads / kWarpSize);",
+        "wanted, 1, 2 * kMaxUpsampledThreads / kWarpSize);",
     ),
     Mutant(
         "upsampled: the loss is not written without bands",

@@ -27,6 +27,9 @@ MAPS: list[dict[str, Any]] = [
 ]
 ONE_WARP, WARPS, FINE, BANDS = MAPS[0], MAPS[2], MAPS[3], MAPS[5]
 
+# Enough for the least that a patch of these needs, and too little to keep exponentials.
+LITTLE_MEMORY = {"max_stage_bytes": 28 * 1024}
+
 
 def make_upsampled_cases() -> list[dict[str, Any]]:
     """The arguments of each."""
@@ -63,6 +66,14 @@ def make_upsampled_cases() -> list[dict[str, Any]]:
         one = {**walk, "upstream": 1.0}
         cases += [{**one, "forward": True}, {**one, "limits": {"max_blocks": 1}}]
         cases += [{**walk, "reduction": "none", "limits": {"max_blocks": 1}}]
+    # exponentials that are computed once more
+    for walk in (ONE_WARP, WARPS, FINE):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            one = {**walk, "dtype": dtype, "limits": LITTLE_MEMORY}
+            cases.append({**one, "upstream": 1.0, "direct": dtype == torch.float16})
+            cases.append({**one, "reduction": "none"})
+        one = {**walk, "upstream": 1.0, "limits": LITTLE_MEMORY}
+        cases += [{**one, "blocks": True}, {**one, "weighted": True}, {**one, "huge": 60.0}]
     # the careful way
     for walk in (ONE_WARP, WARPS, FINE):
         for dtype in DTYPES:
