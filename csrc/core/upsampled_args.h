@@ -25,12 +25,11 @@ struct ImageView {
   }
 };
 
-// `Rows` is the ForwardArgs or BackwardArgs of the pixels: their labels, options and outputs. The
-// logits of a pixel are nowhere in memory, so its layout has sizes alone, and grad_logits only says
-// whether there is a gradient to write.
-template <typename scalar_t, typename Rows>
-struct UpsampledArgs {
-  ImageView<const scalar_t> logits;
+// What does not depend on the type of the logits. `Rows` is the ForwardArgs or BackwardArgs of the
+// pixels: their labels, options and outputs. The logits of a pixel are nowhere in memory, so its
+// layout has sizes alone, and grad_logits only says whether there is a gradient to write.
+template <typename Rows>
+struct UpsampledMap {
   ResizeAxis vertical;
   ResizeAxis horizontal;
   int64_t num_images = 0;
@@ -41,6 +40,11 @@ struct UpsampledArgs {
   int32_t* row_argmax = nullptr;
 
   C10_HOST_DEVICE int64_t num_classes() const { return rows.layout.num_classes; }
+};
+
+template <typename scalar_t, typename Rows>
+struct UpsampledArgs : UpsampledMap<Rows> {
+  ImageView<const scalar_t> logits;
 };
 
 template <typename scalar_t, typename acc_t>

@@ -34,19 +34,20 @@ void clear_only_class(TileRows<acc_t>& rows) {
 }
 
 // One band of an image: one row of patches after the other, strip by strip.
-template <typename Patch, typename scalar_t, typename acc_t, typename Tensors>
+template <typename Patch, typename acc_t, typename Tensors>
 class Band {
  public:
-  using Args = UpsampledArgs<scalar_t, Tensors>;
   using Fast = FromEnds<Patch, acc_t>;
   using Careful = FromMaxima<Patch, acc_t>;
   using Row = PatchRow<Patch, acc_t>;
 
   // `partial`: for the gradient of the row of elements that a band shares with the band before.
   // `scratch` holds zeros, but for what other bands of the same map left of it.
-  Band(const Args& args, const Upsampling<acc_t>& cuts, int64_t task, const GroupDivisors& divisors,
-       acc_t* partial, acc_t* scratch)
+  Band(const UpsampledMap<Tensors>& args, const SourceRows<acc_t>& source,
+       const Upsampling<acc_t>& cuts, int64_t task, const GroupDivisors& divisors, acc_t* partial,
+       acc_t* scratch)
       : args_(args),
+        source_(source),
         cuts_(cuts),
         image_(task / cuts.num_bands()),
         band_(task % cuts.num_bands()),
@@ -97,19 +98,13 @@ class Band {
   void load(int64_t element) {
     const PatchAxis<acc_t>& axis = cuts_.columns();
     acc_t* columns = axis.phases == 1 ? memory_.bottom : memory_.columns;
-    const TileView<const scalar_t> logits(args_.logits.at(image_, element),
-                                          args_.logits.column_stride, args_.logits.class_stride);
-    load_columns(logits, num_classes(), columns_, memory_.column_stride, columns);
+    source_.load(image_, element, num_classes(), columns_, memory_.column_stride, columns);
     shift_columns(num_classes(), memory_.column_stride, columns);
     if (axis.phases == 1) {
       return;
     }
-    with_phases(axis.phases, [&](auto phases) {
-      for (int64_t row = 0; row < num_classes() + 2; ++row) {
-        interpolate_columns<phases()>(axis, columns + row * memory_.column_stride,
-                                      memory_.bottom + row * memory_.end_stride);
-      }
-    });
+    interpolate_rows(axis, num_classes() + 2, columns, memory_.column_stride, memory_.bottom,
+                     memory_.end_stride);
   }
 
   // A row of cells is done: the gradient of the row of elements above is complete, unless that
@@ -148,9 +143,7 @@ class Band {
       acc_t* columns = memory_.ends;
       if (axis.phases != 1) {
         columns = memory_.columns;  // a row of the source is not needed any more
-        with_phases(axis.phases, [&](auto phases) {
-          sum_at_columns<phases()>(axis, memory_.ends, stride, columns, memory_.column_stride);
-        });
+        sum_at_columns(axis, memory_.ends, stride, columns, memory_.column_stride);
       }
       for (int64_t k = 0; k < count; ++k) {
         store_columns(columns_, columns + k * memory_.column_stride, column_stride,
@@ -245,7 +238,8 @@ class Band {
     Fast::add_gradients(patches, num_classes(), num_classes() + 1, rows.offset, memory_);
   }
 
-  const Args& args_;
+  const UpsampledMap<Tensors>& args_;
+  const SourceRows<acc_t>& source_;
   const Upsampling<acc_t>& cuts_;
   int64_t image_;
   int64_t band_;
@@ -259,12 +253,12 @@ class Band {
   TaskResult result_;
 };
 
-template <typename scalar_t, typename acc_t, typename Tensors>
-TaskResult upsampled_band(const UpsampledArgs<scalar_t, Tensors>& args,
-                          const Upsampling<acc_t>& cuts, int64_t task,
-                          const GroupDivisors& divisors, acc_t* partial, acc_t* scratch) {
+template <typename acc_t, typename Tensors>
+TaskResult run_band(const UpsampledMap<Tensors>& args, const SourceRows<acc_t>& source,
+                    const Upsampling<acc_t>& cuts, int64_t task, const GroupDivisors& divisors,
+                    acc_t* partial, acc_t* scratch) {
   const auto run = [&]<typename Patch>(Patch) {
-    return Band<Patch, scalar_t, acc_t, Tensors>(args, cuts, task, divisors, partial, scratch)
+    return Band<Patch, acc_t, Tensors>(args, source, cuts, task, divisors, partial, scratch)
         .process();
   };
   switch (cuts.patch_pixels() + cuts.centered()) {
@@ -279,6 +273,13 @@ TaskResult upsampled_band(const UpsampledArgs<scalar_t, Tensors>& args,
     default:
       return run(Patch<1, false>());
   }
+}
+
+template <typename scalar_t, typename acc_t, typename Tensors>
+TaskResult upsampled_band(const UpsampledArgs<scalar_t, Tensors>& args,
+                          const Upsampling<acc_t>& cuts, int64_t task,
+                          const GroupDivisors& divisors, acc_t* partial, acc_t* scratch) {
+  return run_band(args, SourceRows<acc_t>(args.logits), cuts, task, divisors, partial, scratch);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The exponentials of the patches of a strip, their sums and their part of the gradient, in two
-// ways: from those at the ends of rows, which is fast, and from each pixel's largest logit.
+// ways: from those at the ends of rows, which is fast, and from each pixel's largest logit. What is
+// not inlined is compiled once for forward and backward.
 #pragma once
 
 #include "upsampled_patches.h"
@@ -19,8 +20,9 @@ struct FromEnds {
   // Sets the exponentials of ends, and adds to the sums of pixels. A loop of its own adds up: to
   // load what has just been stored, at other boundaries, takes long. The sums of a row stay in
   // registers for all classes.
-  static void sum(const StripRow<Patch, acc_t>& strip, int64_t num_classes,
-                  const BandMemory<acc_t>& memory, acc_t* sums) {
+  __attribute__((noinline)) static void sum(const StripRow<Patch, acc_t>& strip,
+                                            int64_t num_classes, const BandMemory<acc_t>& memory,
+                                            acc_t* sums) {
     for (int64_t cls = 0; cls < num_classes; ++cls) {
       set_ends<true>(strip, cls, memory.exps);
     }
@@ -44,8 +46,10 @@ struct FromEnds {
 
   // Adds the gradients of some classes: exponentials times each pixel's factor, minus what stands
   // at labels, which is cleared.
-  static void add_gradients(const StripRow<Patch, acc_t>& strip, int64_t begin, int64_t end,
-                            const acc_t* factors, const BandMemory<acc_t>& memory) {
+  __attribute__((noinline)) static void add_gradients(const StripRow<Patch, acc_t>& strip,
+                                                      int64_t begin, int64_t end,
+                                                      const acc_t* factors,
+                                                      const BandMemory<acc_t>& memory) {
     alignas(64) Factors weighed;
     for (int side = 0; side < kEnds; ++side) {
       for (int j = 0; j < kPixels; ++j) {
@@ -125,8 +129,9 @@ struct FromMaxima {
   static constexpr int64_t kLanes = Patch::kLanes;
 
   // Sets the maxima and the sums of pixels.
-  static void sum(const StripRow<Patch, acc_t>& strip, int64_t num_classes,
-                  const BandMemory<acc_t>& memory, TileRows<acc_t>& rows) {
+  __attribute__((noinline)) static void sum(const StripRow<Patch, acc_t>& strip,
+                                            int64_t num_classes, const BandMemory<acc_t>& memory,
+                                            TileRows<acc_t>& rows) {
     std::fill_n(rows.max, rows.size, std::numeric_limits<acc_t>::lowest());
     std::fill_n(rows.sum_exp, rows.size, acc_t(0));
     std::fill_n(memory.argmax, rows.size, acc_t(0));
@@ -157,8 +162,10 @@ struct FromMaxima {
     }
   }
 
-  static void add_gradients(const StripRow<Patch, acc_t>& strip, int64_t num_classes,
-                            const BandMemory<acc_t>& memory, const TileRows<acc_t>& rows) {
+  __attribute__((noinline)) static void add_gradients(const StripRow<Patch, acc_t>& strip,
+                                                      int64_t num_classes,
+                                                      const BandMemory<acc_t>& memory,
+                                                      const TileRows<acc_t>& rows) {
     for (int64_t cls = 0; cls < num_classes; ++cls) {
       for (int side = 0; side < Patch::kEnds; ++side) {
         add_gradient(strip, cls, side, memory, rows);
@@ -180,8 +187,10 @@ struct FromMaxima {
     }
   }
 
-  static void add_gradient(const StripRow<Patch, acc_t>& strip, int64_t cls, int side,
-                           const BandMemory<acc_t>& memory, const TileRows<acc_t>& rows) {
+  __attribute__((noinline)) static void add_gradient(const StripRow<Patch, acc_t>& strip,
+                                                     int64_t cls, int side,
+                                                     const BandMemory<acc_t>& memory,
+                                                     const TileRows<acc_t>& rows) {
     acc_t* top = strip.top_gradient + (cls * Patch::kEnds + side) * strip.stride;
     acc_t* bottom = strip.bottom_gradient + (cls * Patch::kEnds + side) * strip.stride;
     for_each_pixel(cls, memory, [&](int64_t pixel, int k, const acc_t* x) {

@@ -34,6 +34,33 @@ void load_columns(const TileView<const scalar_t>& logits, int64_t num_classes,
   }
 }
 
+// The logits of a map, of whatever type: what uses them is compiled once for all.
+template <typename acc_t>
+class SourceRows {
+ public:
+  template <typename scalar_t>
+  explicit SourceRows(const ImageView<const scalar_t>& logits)
+      : logits_(&logits),
+        load_([](const void* logits, int64_t image, int64_t element, int64_t num_classes,
+                 const Columns& columns, int64_t stride, acc_t* to) noexcept {
+          const auto& view = *static_cast<const ImageView<const scalar_t>*>(logits);
+          const TileView<const scalar_t> row(view.at(image, element), view.column_stride,
+                                             view.class_stride);
+          load_columns(row, num_classes, columns, stride, to);
+        }) {}
+
+  // See load_columns().
+  void load(int64_t image, int64_t element, int64_t num_classes, const Columns& columns,
+            int64_t stride, acc_t* to) const {
+    load_(logits_, image, element, num_classes, columns, stride, to);
+  }
+
+ private:
+  const void* logits_;
+  void (*load_)(const void* logits, int64_t image, int64_t element, int64_t num_classes,
+                const Columns& columns, int64_t stride, acc_t* to) noexcept;
+};
+
 // Subtracts each column's largest logit; that and the sum of the differences become two more rows.
 template <typename acc_t>
 void shift_columns(int64_t num_classes, int64_t stride, acc_t* columns) {
@@ -126,6 +153,17 @@ void interpolate_columns(const PatchAxis<acc_t>& axis, const acc_t* columns, acc
   }
 }
 
+// Of several rows.
+template <typename acc_t>
+void interpolate_rows(const PatchAxis<acc_t>& axis, int64_t num_rows, const acc_t* columns,
+                      int64_t column_stride, acc_t* ends, int64_t end_stride) {
+  with_phases(axis.phases, [&](auto phases) {
+    for (int64_t row = 0; row < num_rows; ++row) {
+      interpolate_columns<phases()>(axis, columns + row * column_stride, ends + row * end_stride);
+    }
+  });
+}
+
 // ---- Gradients of the source
 
 // Sets the gradient with respect to columns from that with respect to the ends of patches, of
@@ -177,6 +215,14 @@ void sum_at_columns(const PatchAxis<acc_t>& axis, const acc_t* ends, int64_t end
       }
     }
   }
+}
+
+template <typename acc_t>
+void sum_at_columns(const PatchAxis<acc_t>& axis, const acc_t* ends, int64_t end_stride,
+                    acc_t* columns, int64_t column_stride) {
+  with_phases(axis.phases, [&](auto phases) {
+    sum_at_columns<phases()>(axis, ends, end_stride, columns, column_stride);
+  });
 }
 
 // The gradient of one class with respect to the ends of patches, [end][patch], as that of `size`
