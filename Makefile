@@ -115,12 +115,14 @@ test-asan-python: $(BUILT)  ## Python tests of the CPU operators, compiled with 
 	  $(abspath $(PY)) -m pytest -q -k "not simt" \
 	    $(abspath $(call test_files,values layouts edges errors autograd unit_gradient stats vmap module cpu_kernels)) $(ARGS)
 
-# With the kernels of lesser processors: the tests of what they compute.
-test-levels: $(BUILT)  ## the operators' tests at every capability below this processor's: minutes
-	for level in default avx2; do \
-	  ATEN_CPU_CAPABILITY=$$level $(PY) -m pytest -q $(PARALLEL) \
-	    -m "$(MARKERS)" -k "not simt" tests/ops $(call test_files,cpu_kernels) $(ARGS) || exit 1; \
-	done
+# What the CPU kernels compute, $(call at_level,default). One of the tests goes through the levels
+# by itself.
+NUMERIC_TESTS = $(call test_files,values layouts edges autograd numerics stats weights counts_and_parts unit_gradient cpu_kernels properties upsampled upsampled_properties)
+at_level = ATEN_CPU_CAPABILITY=$(1) $(PY) -m pytest -q $(PARALLEL) -m "$(MARKERS)" \
+           -k "not simt and not at_every_level" $(NUMERIC_TESTS) $(ARGS)
+test-levels: $(BUILT)  ## the CPU kernels' tests at every capability below this processor's: minutes
+	$(call at_level,default)
+	$(call at_level,avx2)
 
 test-packaging: $(BUILT) dist  ## what dist made, pip with and without isolation, JIT: minutes
 	$(PY) -m pytest -m "packaging and not cuda_build" $(ARGS)
@@ -136,7 +138,6 @@ test-torches:  ## make test with each of TORCHES: ten minutes and 8 GB each
 	done
 
 COMPILERS ?= g++-11 g++-12 g++-13 g++-14 g++-15 g++-16 clang++-14
-NUMERIC_TESTS = $(call test_files,values layouts edges autograd numerics stats counts_and_parts unit_gradient cpu_kernels properties upsampled)
 test-compilers: $(BUILT)  ## the kernels' tests at every level, loops' instructions; COMPILERS=: minutes each
 	$(call apt_install,/usr/include/valgrind/callgrind.h,valgrind)
 	for compiler in $(COMPILERS); do \
@@ -145,7 +146,7 @@ test-compilers: $(BUILT)  ## the kernels' tests at every level, loops' instructi
 	    $(ON_PATH) CXX=$$compiler $(PY) setup.py -q build_ext --inplace --build-temp build/temp-$$compiler && \
 	    $(PY) -c "import oe_ext; print(oe_ext._ext.module.build_info()['compiler'])" && \
 	    for level in default avx2 avx512; do \
-	      ATEN_CPU_CAPABILITY=$$level $(PY) -m pytest -q $(PARALLEL) -k "not simt" $(ARGS) $(NUMERIC_TESTS) || exit 1; \
+	      $(call at_level,$$level) || exit 1; \
 	    done && \
 	    $(PY) bench/instructions.py --slopes || exit 1; \
 	  fi; \
