@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import setuptools
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MIN_SETUPTOOLS = 77  # reads the license of pyproject.toml; older ones fail there with a riddle
@@ -67,6 +68,7 @@ def torch_arguments(build):
         "oe_ext._C",
         what.sources,
         extra_compile_args={"cxx": what.cxx_flags, "nvcc": what.nvcc_flags},
+        extra_link_args=build.LINK_FLAGS,
         libraries=what.libraries,
         depends=[str(path) for path in sorted((ROOT / "csrc").rglob("*.*h"))],
     )
@@ -83,9 +85,24 @@ def torch_arguments(build):
     }
 
 
-build = load_build_description()
-if find_torch():
-    setuptools.setup(**torch_arguments(build))
-else:
+def arguments_without_torch(build):
+    """Enough for pip to ask what the build needs, and for an sdist; no wheel without a library."""
     requirement = f"torch>={build.MIN_TORCH}"
-    setuptools.setup(setup_requires=[requirement], install_requires=[requirement])
+
+    class BuildOperators(build_ext):
+        def run(self):
+            sys.exit(
+                "oe_ext is compiled for the torch that is installed, and there is none: first "
+                f"pip install '{requirement}', then oe_ext"
+            )
+
+    return {
+        "ext_modules": [setuptools.Extension("oe_ext._C", [])],
+        "cmdclass": {"build_ext": BuildOperators},
+        "setup_requires": [requirement],
+        "install_requires": [requirement],
+    }
+
+
+build = load_build_description()
+setuptools.setup(**(torch_arguments if find_torch() else arguments_without_torch)(build))

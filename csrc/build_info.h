@@ -15,8 +15,9 @@
 namespace oe_ext {
 
 // The loader reads the part after '=' from the file before it loads the library: a library that was
-// built with another torch may crash on load, or seem to work.
-inline constexpr const char kTorchMarker[] =
+// built with another torch may crash on load, or seem to work. Used: else link-time optimisation
+// drops the part before.
+[[gnu::used]] inline constexpr const char kTorchMarker[] =
     "oe_ext-built-with-torch=" OE_EXT_TEXT(OE_EXT_TORCH_VERSION);
 inline constexpr const char* kBuiltWithTorch =
     kTorchMarker + sizeof("oe_ext-built-with-torch=") - 1;

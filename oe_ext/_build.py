@@ -7,7 +7,6 @@ imports nothing of the package, and torch only inside the functions.
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -19,11 +18,16 @@ MIN_TORCH = "2.11"
 # Hidden inline functions need not be emitted: that saves a tenth of the time of a file.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+# Results are those of IEEE 754, whatever CFLAGS say: what comes last holds.
+CXX_FLAGS += ["-fno-fast-math"]
 # Vectorises loops under "omp simd", without OpenMP's threads. Nothing reads errno or traps, either
-# of which would prevent it; results stay those of IEEE 754.
+# of which would prevent it.
 CXX_FLAGS += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 # Loops start with a cache line: where a build puts them is worth up to 5 % (docs/CPU.md).
 CXX_FLAGS += ["-falign-loops=64"]
+# With -Ofast or -ffast-math at the link, g++ before 13 adds code that flushes subnormal numbers in
+# the whole process that loads the library.
+LINK_FLAGS = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--threads=2", "--expt-relaxed-constexpr"]
 # Small headers instead of one for all operators: 5 s per file instead of 15 s.
 DEFINES = ["AT_PER_OPERATOR_HEADERS"]
@@ -33,7 +37,7 @@ DEFINES = ["AT_PER_OPERATOR_HEADERS"]
 DEFAULT_CUDA_ARCH_LIST = "7.5;8.0;9.0;10.0+PTX"
 
 
-def _switch(name: str) -> bool | None:
+def switch(name: str) -> bool | None:
     """The value of a switch in the environment, or None if it is not set."""
     value = os.environ.get(name, "").strip().lower()
     if not value:
@@ -45,16 +49,17 @@ def _switch(name: str) -> bool | None:
     raise ValueError(f"the environment variable {name} must be 1 or 0, got {value!r}")
 
 
+def _has_nvcc(path: Path) -> bool:
+    return (path / "bin" / "nvcc").is_file()
+
+
 def find_cuda_home() -> Path | None:
     """The CUDA toolkit. Call it before ``torch.utils.cpp_extension`` is imported.
 
     An ``nvcc`` on PATH may be a wrapper script in ``/usr/local/bin``. torch would take
-    ``/usr/local`` for the toolkit, compile with it, and fail at the link.
+    ``/usr/local`` for the toolkit, compile with it, and fail at the link. The folder that CUDA_HOME
+    names is taken as it is, as torch does.
     """
-
-    def is_toolkit(path: Path) -> bool:
-        return (path / "include" / "cuda_runtime.h").is_file()
-
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             return Path(os.environ[name])
@@ -63,21 +68,24 @@ def find_cuda_home() -> Path | None:
     if nvcc:
         candidates.insert(0, Path(nvcc).resolve().parent.parent)
     for path in candidates:
-        if is_toolkit(path):
+        if (path / "include" / "cuda_runtime.h").is_file() and _has_nvcc(path):
             os.environ["CUDA_HOME"] = str(path)
             return path
     return None
 
 
 def require_compiler() -> None:
-    """Checks for a compiler: without one, a build ends in a list of failed commands.
+    """Checks for a compiler that torch can run: without one, a build ends in a list of failed
+    commands. torch takes CXX for one program, whose name may hold spaces.
 
     Raises:
         RuntimeError: there is no C++ compiler.
     """
-    named = shlex.split(os.environ.get("CXX", ""))[:1]
-    if not any(shutil.which(name) for name in named or ("g++", "c++")):
-        missing = f"CXX={named[0]} is not a program" if named else "neither g++ nor c++ is on PATH"
+    named = os.environ.get("CXX")
+    if shutil.which("c++" if named is None else named) is None:
+        missing = "c++ is not on PATH"
+        if named is not None:
+            missing = f"CXX={named!r} is not a program (torch takes no flags or launchers there)"
         raise RuntimeError(
             f"oe_ext needs a C++20 compiler, but {missing}. Install g++ >= 11 "
             "(apt-get install g++), or set CXX to the compiler."
@@ -97,30 +105,34 @@ def wants_cuda() -> bool:
 
     home = find_cuda_home()
     ours, theirs = torch.version.cuda, _toolkit_version(home)
+    missing = ""
+    if home is None:
+        missing = "no CUDA toolkit was found"
+    elif not _has_nvcc(home):
+        missing = f"CUDA_HOME={home} holds no bin/nvcc"
     mismatch = ours is not None and theirs is not None and _major(ours) != _major(theirs)
     versions = (
         f"torch {torch.__version__} is built with CUDA {ours}, the toolkit in {home} is {theirs}. "
         f"Set CUDA_HOME to a toolkit of CUDA {ours}, or OE_EXT_CUDA=0 to build for the CPU alone."
     )
+    set_home = "Set CUDA_HOME to the folder that holds bin/nvcc."
     for name in ("OE_EXT_CUDA", "FORCE_CUDA"):
-        choice = _switch(name)
+        choice = switch(name)
         if choice is not None:
             if choice and ours is None:
                 raise RuntimeError(
                     f"{name}=1 asks for CUDA kernels, but torch {torch.__version__} is a build "
                     f"without CUDA. Install a CUDA build of torch, or set {name}=0."
                 )
-            if choice and home is None:
-                raise RuntimeError(
-                    f"{name}=1 asks for CUDA kernels, but no CUDA toolkit was found. "
-                    "Set CUDA_HOME to the folder that holds include/cuda_runtime.h."
-                )
+            if choice and missing:
+                raise RuntimeError(f"{name}=1 asks for CUDA kernels, but {missing}. {set_home}")
             if choice and mismatch:
                 raise RuntimeError(f"{name}=1 asks for CUDA kernels, but {versions}")
             return choice
-    if mismatch:
-        warnings.warn(f"no CUDA kernels are built: {versions}", stacklevel=2)
-    return ours is not None and theirs is not None and not mismatch
+    if mismatch or (ours is not None and home is not None and missing):
+        why = f"{missing}. {set_home}" if missing else versions
+        warnings.warn(f"no CUDA kernels are built: {why}", stacklevel=2)
+    return ours is not None and theirs is not None and not missing and not mismatch
 
 
 def _major(version: str) -> int:

@@ -20,6 +20,11 @@
 #include <limits>
 #include <type_traits>
 
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || \
+    (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "oe_ext computes with NaN and infinities: compile it with -fno-fast-math after other flags"
+#endif
+
 namespace oe_ext {
 
 // Returns a or b; both are evaluated. The host selects by bits: compilers turn a ?: into a branch

@@ -1,7 +1,9 @@
 """Which kernels a build contains, by torch, toolkit and environment, and the error for a user
 without the CUDA kernels."""
 
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,8 @@ def toolkit(tmp_path, monkeypatch):
         include = tmp_path / "cuda" / "include"
         include.mkdir(parents=True)
         (include / "cuda_runtime.h").touch()
+        (include.parent / "bin").mkdir()
+        (include.parent / "bin" / "nvcc").touch()
         (include / "cuda.h").write_text(f"#ifndef A\n#define CUDA_VERSION {version}\n#endif\n")
         monkeypatch.setenv("CUDA_HOME", str(include.parent))
         return include.parent
@@ -72,6 +76,25 @@ def test_no_toolkit(toolkit, tmp_path, monkeypatch):
     assert not _build.wants_cuda()
     monkeypatch.setenv("FORCE_CUDA", "1")
     with pytest.raises(RuntimeError, match=r"no CUDA toolkit was found\. Set CUDA_HOME"):
+        _build.wants_cuda()
+
+
+@pytest.mark.parametrize("lacks", ["everything", "nvcc"])
+@pytest.mark.usefixtures("torch_with_cuda")
+def test_a_cuda_home_that_is_no_toolkit(toolkit, monkeypatch, lacks):
+    """Without a request for CUDA kernels the others are built, with a warning."""
+    home = toolkit(13000)
+    (home / "bin" / "nvcc").unlink()
+    if lacks == "everything":
+        home = home / "nowhere"
+        monkeypatch.setenv("CUDA_HOME", str(home))
+    message = (
+        rf"CUDA_HOME={home} holds no bin/nvcc\. Set CUDA_HOME to the folder that holds bin/nvcc"
+    )
+    with pytest.warns(UserWarning, match=f"no CUDA kernels are built: {message}"):
+        assert not _build.wants_cuda()
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(RuntimeError, match=f"FORCE_CUDA=1 asks for CUDA kernels, but {message}"):
         _build.wants_cuda()
 
 
@@ -155,13 +178,101 @@ def test_a_setuptools_that_is_too_old():
     )
 
 
+def compile_with(*flags: str, source: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Compiles and links a source to ``library.so``, as a build does: its own flags come last."""
+    file = folder / "source.cpp"
+    file.write_text(source)
+    torch_headers = ["-isystem", str(Path(torch.__file__).parent / "include"), f"-I{ROOT / 'csrc'}"]
+    compiler = os.environ.get("CXX", "g++")
+    commands = (
+        [compiler, *flags, *_build.CXX_FLAGS, *torch_headers, "-fPIC", "-c", "source.cpp"],
+        [compiler, "-shared", *flags, "source.o", "-o", "library.so", *_build.LINK_FLAGS],
+    )
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+        if done.returncode != 0:
+            break
+    return done
+
+
+FAST = ["-ffast-math", "-Ofast", "-ffinite-math-only", "-fassociative-math"]
+
+
+@pytest.mark.parametrize("flag", [*FAST, "-funsafe-math-optimizations"])
+def test_flags_that_change_what_arithmetic_means(tmp_path, flag):
+    """They are without effect, also on the process that loads the library."""
+    source = (
+        '#include "core/row_math.h"\n'
+        '#define SEEN extern "C" __attribute__((visibility("default")))\n'
+        "SEEN bool is_nan(float x) { return x != x; }\n"
+        "SEEN float in_order(float a, float b) { return (a + b) - a; }\n"
+    )
+    done = compile_with(flag, source=source, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(tmp_path / "library.so"))
+    library.is_nan.argtypes, library.is_nan.restype = [ctypes.c_float], ctypes.c_bool
+    library.in_order.argtypes, library.in_order.restype = [ctypes.c_float] * 2, ctypes.c_float
+    assert library.is_nan(float("nan"))
+    assert library.in_order(1e8, 1.0) == 0.0
+    subnormal = torch.full((16,), 2.0**-130)
+    assert torch.equal(subnormal * 1.0, subnormal)
+    assert subnormal[0] > 0
+
+
+@pytest.mark.parametrize("flag", ["-ffast-math", "-ffinite-math-only"])
+def test_the_maths_refuses_such_flags(tmp_path, flag, monkeypatch):
+    """Where a build puts them last."""
+    monkeypatch.setattr(_build, "CXX_FLAGS", [*_build.CXX_FLAGS, flag])
+    done = compile_with(source='#include "core/row_math.h"\n', folder=tmp_path)
+    assert done.returncode != 0
+    assert "compile it with -fno-fast-math" in done.stderr
+
+
+def test_link_time_optimisation_keeps_the_name_of_the_torch(tmp_path):
+    source = (
+        "#define OE_EXT_TORCH_VERSION 2.99.1+cpu\n"
+        '#include "build_info.h"\n'
+        "const char* torch_version() { return oe_ext::kBuiltWithTorch; }\n"
+    )
+    done = compile_with("-flto", source=source, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert _ext.built_with_torch(tmp_path / "library.so") == "2.99.1+cpu"
+
+
+@pytest.mark.parametrize("command", ["bdist_wheel", "build_ext", "install", "editable_wheel"])
+def test_no_torch_no_wheel(tmp_path, command):
+    """Where pip would keep a wheel without a library in its cache."""
+    code = (
+        "import importlib.util, runpy, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
+        f"sys.argv = ['setup.py', '-q', {command!r}]\n"
+        "runpy.run_path('setup.py', run_name='__main__')\n"
+    )
+    ignored = shutil.ignore_patterns("*.so", "build", ".*", "tests", "bench")
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path / "tree",
+    )
+    assert done.returncode == 1, done.stdout
+    assert "there is none: first pip install 'torch>=2.11', then oe_ext" in done.stderr
+    assert not list(tmp_path.rglob("*.whl"))
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"PATH": ""}, "neither g++ nor c++ is on PATH"),
-        ({"CXX": "no-such-compiler -O2"}, "CXX=no-such-compiler is not a program"),
+        ({"PATH": ""}, "c++ is not on PATH"),
+        ({"CXX": "no-such-compiler"}, "CXX='no-such-compiler' is not a program (torch takes"),
+        ({"CXX": "g++ -pipe"}, "CXX='g++ -pipe' is not a program (torch takes"),
+        ({"CXX": ""}, "CXX='' is not a program (torch takes"),
     ],
 )
 def test_no_compiler(tmp_path, environment, message):
     error = setup_py(tmp_path, **environment)
-    assert f"needs a C++20 compiler, but {message}. Install g++ >= 11" in error
+    assert f"needs a C++20 compiler, but {message}" in error
+    assert "Install g++ >= 11" in error

@@ -27,13 +27,24 @@ pytestmark = pytest.mark.packaging
 
 TORCH = torch.__version__.partition("+")[0]
 BUILD_REQUIREMENTS = ["setuptools>=77", "ninja", "pybind11>=2.13", "wheel"]
-CHECK = (
-    "import torch, oe_ext\n"
-    "x = torch.zeros(2, 4, requires_grad=True)\n"
-    "loss = oe_ext.OutlierExposureLoss()(x, torch.tensor([0, -1]))\n"
-    "loss.backward()\n"
-    "print('loss', loss.item(), 'from', oe_ext._ext.origin)\n"
-)
+# Values against float64, with -inf and NaN among the logits, and what an import may not change.
+CHECK = """
+import torch, oe_ext
+from oe_ext import reference
+logits = 3 * torch.randn(64, 19, generator=torch.Generator().manual_seed(0))
+target = torch.arange(64) % 20 - 1
+logits[3, 7], logits[10, 2], logits[11] = -torch.inf, torch.nan, torch.nan
+found = []
+for module, x in (oe_ext, logits), (reference, logits.double()):
+    x = x.clone().requires_grad_()
+    rows = module.outlier_exposure_loss(x, target, reduction="none")
+    rows.nansum().backward()
+    found += [rows.detach().double(), x.grad.double()]
+torch.testing.assert_close(found[:2], found[2:], rtol=2e-6, atol=2e-6, equal_nan=True)
+assert torch.full((64,), 2.0**-130).mul(1.0).min() > 0, "subnormal numbers are flushed"
+loss = oe_ext.OutlierExposureLoss()(torch.zeros(2, 4), torch.tensor([0, -1]))
+print("loss", loss.item(), "from", oe_ext._ext.origin)
+"""
 
 
 def run(*command, cwd: Path, **environment: str) -> str:
@@ -156,7 +167,9 @@ def test_wheel_and_editable(checkout, environment, tmp_path):
     editable = ("install", "-q", "--no-build-isolation", "--no-deps", "-e", checkout)
     run(*pip, *wheel, cwd=tmp_path)
     check_import(environment, tmp_path, "site-packages")
-    run(*pip, *editable, cwd=tmp_path)
+    # Flags of the user's that would change values: without effect.
+    fast = {"CFLAGS": "-ffast-math", "CXXFLAGS": "-Ofast", "LDFLAGS": "-ffast-math"}
+    run(*pip, *editable, cwd=tmp_path, **fast)
     check_import(environment, tmp_path, str(checkout))
     run(*pip, *wheel, "--force-reinstall", cwd=tmp_path)
     check_import(environment, tmp_path, "site-packages")
