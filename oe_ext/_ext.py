@@ -8,16 +8,18 @@ prebuilt one.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.machinery
-import os
+import importlib.metadata
+import json
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
 
+from oe_ext import _build
 from oe_ext._version import __version__
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -26,6 +28,9 @@ _MARKER = re.compile(rb"oe_ext-built-with-torch=([0-9A-Za-z.+_-]+)")
 #: The loaded module, and its origin; None if another library registered the operators.
 module: ModuleType | None = None
 origin = "not loaded"
+
+#: Why nothing is loaded, where the import of oe_ext goes on without.
+fault: ImportError | None = None
 
 _errors: torch.library.Library | None = None  # while it lives, its kernels are registered
 
@@ -43,7 +48,11 @@ def load() -> None:
         origin = "registered by another library in this process"
         return
     path = prebuilt_library()
-    if os.environ.get("OE_EXT_JIT") == "1":
+    try:
+        wants_jit = _build.switch("OE_EXT_JIT")
+    except ValueError as error:
+        raise ImportError(str(error)) from error
+    if wants_jit:
         module, origin = _load_jit("OE_EXT_JIT=1")
     elif path is None:
         module, origin = _load_jit("oe_ext has no compiled library (oe_ext._C)")
@@ -112,7 +121,12 @@ def built_with_torch(path: Path) -> str | None:
 
 
 def _load_prebuilt(path: Path) -> ModuleType:
-    built = built_with_torch(path)
+    try:
+        built = built_with_torch(path)
+    except OSError as error:
+        raise ImportError(
+            f"oe_ext's library cannot be read: {error}. {_how_to_rebuild()}", path=str(path)
+        ) from error
     if built is None or built.split(".")[:2] != torch.__version__.split(".")[:2]:
         raise ImportError(
             f"oe_ext was built with torch {built or 'of an unknown version'}, but torch "
@@ -121,7 +135,7 @@ def _load_prebuilt(path: Path) -> ModuleType:
             path=str(path),
         )
     try:
-        return importlib.import_module("oe_ext._C")
+        from oe_ext import _C  # named, so that programs that bundle others find it
     except ImportError as error:
         raise ImportError(
             f"oe_ext's library was found but could not be loaded: {error}\n"
@@ -130,6 +144,7 @@ def _load_prebuilt(path: Path) -> ModuleType:
             f"Python. {_how_to_rebuild()}",
             path=str(path),
         ) from error
+    return _C
 
 
 def _how_to_rebuild() -> str:
@@ -137,11 +152,30 @@ def _how_to_rebuild() -> str:
 
 
 def _install_again() -> str:
+    """A command that compiles it for the torch that is here, and leaves that as it is: not from
+    pip's cache of wheels, whose names do not tell the torch, nor by a name that PyPI may lack."""
     if (_PACKAGE.parent / "csrc").is_dir():
-        where = f"-e {_PACKAGE.parent}"
+        where = f"-e {shlex.quote(str(_PACKAGE.parent))}"
     else:
-        where = "--force-reinstall --no-deps oe_ext"
-    return f"pip install --no-build-isolation {where}"
+        where = f"--force-reinstall --no-cache-dir {_installed_from()}"
+    return f"pip install --no-build-isolation --no-deps {where}"
+
+
+def _installed_from() -> str:
+    """The sources that pip has installed it from, if it wrote them down (PEP 610)."""
+    beside = [str(_PACKAGE.parent)]
+    texts = [
+        found.read_text("direct_url.json")
+        for found in importlib.metadata.distributions(name="oe_ext", path=beside)
+    ]
+    source = json.loads(next(filter(None, texts), "{}"))
+    url: str = source.get("url", "")
+    if "vcs_info" in source:
+        version = source["vcs_info"]
+        return shlex.quote(f"{version['vcs']}+{url}@{version['commit_id']}")
+    if url and not url.endswith(".whl"):
+        return shlex.quote(url)
+    return "<a folder with the sources of oe_ext>"
 
 
 def _load_jit(reason: str) -> tuple[ModuleType, str]:

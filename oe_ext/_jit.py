@@ -26,7 +26,10 @@ def build_and_load(root: Path) -> tuple[ModuleType, str]:
     _build.find_cuda_home()  # before cpp_extension looks for it
     from torch.utils import cpp_extension
 
-    build = _build.describe_build(root)
+    try:
+        build = _build.describe_build(root)
+    except (RuntimeError, ValueError) as error:
+        raise ImportError(f"oe_ext cannot be built by JIT: {error}") from error
     name = module_name(root, build)
     # The name distinguishes interpreters and versions. torch's own function would create the
     # folder.
@@ -44,7 +47,10 @@ def build_and_load(root: Path) -> tuple[ModuleType, str]:
                 # load() passes the flags to a shell unquoted
                 extra_cflags=[shlex.quote(flag) for flag in build.cxx_flags],
                 extra_cuda_cflags=[shlex.quote(flag) for flag in build.nvcc_flags],
-                extra_ldflags=[f"-l{library}" for library in build.libraries],
+                extra_ldflags=[
+                    *_build.LINK_FLAGS,
+                    *(f"-l{library}" for library in build.libraries),
+                ],
                 build_directory=str(folder),
                 with_cuda=build.cuda,
                 verbose=os.environ.get("OE_EXT_VERBOSE") == "1",
@@ -81,7 +87,8 @@ def _fault_of_folder(path: Path, *, private: bool) -> str:
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
         return "it is not a folder, but a link or a file"
-    if status.st_uid != os.getuid() and (private or status.st_uid != 0):
+    owners = {os.getuid()} if private else {os.getuid(), 0, *_unknown_users()}
+    if status.st_uid not in owners:
         return f"it belongs to the user with number {status.st_uid}"
     writers = stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
     if not private:
@@ -90,6 +97,18 @@ def _fault_of_folder(path: Path, *, private: bool) -> str:
         if status.st_gid == os.getgid():  # the user's own group, with a umask of 002
             writers &= ~stat.S_IWGRP
     return f"others can write to it (mode {stat.S_IMODE(status.st_mode):o})" if writers else ""
+
+
+def _unknown_users() -> list[int]:
+    """The number of all users that this user namespace does not know: in a rootless container, the
+    root of the machine is one of them."""
+    try:
+        maps = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+        unknown = int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except OSError:
+        return []
+    ranges = [range(int(first), int(first) + int(count)) for first, _, count in maps]
+    return [] if any(unknown in known for known in ranges) else [unknown]
 
 
 def _not_private(path: Path, fault: str) -> ImportError:

@@ -46,11 +46,11 @@ def _cpu_name() -> str:
 
 def _library() -> dict[str, str]:
     """Where the operators came from; a failed import is reported too."""
-    try:
-        import oe_ext
-        from oe_ext import _ext
-    except ImportError as error:
-        return {"oe_ext": f"cannot be imported: {error}"}
+    import oe_ext
+    from oe_ext import _ext
+
+    if _ext.fault is not None:
+        return {"oe_ext": f"{oe_ext.__version__}, which cannot be imported: {_ext.fault}"}
     facts = {"oe_ext": oe_ext.__version__, "library": _ext.origin}
     if _ext.module is not None:
         facts |= {f"built with {key}": str(v) for key, v in _ext.module.build_info().items()}

@@ -1,12 +1,14 @@
 """The folder of the JIT build: it must be private, or nothing is built there or loaded from there.
 Obstacles to a build end in one error that says what to do."""
 
+import ctypes
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import programs
@@ -74,6 +76,44 @@ def test_another_users_property(tmp_path, what):
     os.chown({"folder": folder, "parent": folder.parent, "file": library}[what], 12345, 12345)
     with pytest.raises(ImportError, match=r"number 12345|another user's file"):
         _jit.make_private(folder)
+
+
+def make_private_in_a_user_namespace(folder: Path) -> int:
+    """As the user 12345, who is root in a namespace that knows nobody else; in a child process."""
+    child = os.fork()
+    if child != 0:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        os.setgid(12345)
+        os.setuid(12345)
+        libc = ctypes.CDLL(None)
+        libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: /proc/self is the user's
+        if libc.unshare(0x10000000) != 0:  # CLONE_NEWUSER
+            os._exit(3)
+        Path("/proc/self/uid_map").write_text("0 12345 1")
+        _jit.make_private(folder)
+    except ImportError:
+        os._exit(1)
+    except BaseException:
+        os._exit(2)
+    os._exit(0)
+
+
+@pytest.mark.skipif(not is_root, reason="only root can become another user")
+def test_a_folder_in_a_rootless_container():
+    """Where / belongs to a user that the namespace does not know."""
+    parent = Path(tempfile.mkdtemp())
+    try:
+        os.chown(parent, 12345, 12345)
+        status = make_private_in_a_user_namespace(parent / "cache")
+        if status == 3:
+            pytest.skip("this machine allows no user namespaces")
+        assert status == 0
+        assert stat.S_IMODE((parent / "cache").stat().st_mode) == 0o700
+        (parent / "cache").chmod(0o777)
+        assert make_private_in_a_user_namespace(parent / "cache") == 1
+    finally:
+        shutil.rmtree(parent)
 
 
 def import_by_jit(

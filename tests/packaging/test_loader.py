@@ -1,5 +1,8 @@
 """Finding, checking and loading the library, and the errors that a user sees."""
 
+import json
+import modulefinder
+import re
 import shutil
 import subprocess
 import sys
@@ -73,6 +76,35 @@ def test_another_torch_is_named(installed_copy):
         assert part in done.stderr
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("source", "where"),
+    [
+        (None, "<a folder with the sources of oe_ext>"),
+        ({"url": "file:///wheels/oe_ext-1.0-cp311-cp311-linux_x86_64.whl"}, "<a folder with"),
+        ({"url": "file:///home/a%20b/oe_ext", "dir_info": {}}, "file:///home/a%20b/oe_ext"),
+        (
+            {"url": "https://example.org/x", "vcs_info": {"vcs": "git", "commit_id": COMMIT}},
+            f"git+https://example.org/x@{COMMIT}",
+        ),
+    ],
+)
+def test_how_to_install_it_again(installed_copy, source, where):
+    """A wheel of pip's cache would bring the same error, and torch must stay as it is."""
+    if source is not None:
+        folder = installed_copy / "oe_ext-9.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: oe_ext\nVersion: 9\n")
+        (folder / "direct_url.json").write_text(json.dumps(source))
+    next((installed_copy / "oe_ext").glob("_C*.so")).write_bytes(b"")
+    done = python("import oe_ext", installed_copy)
+    (command,) = re.findall("pip install .*", done.stderr)
+    options = "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir "
+    assert command.startswith(options + where)
+
+
 def test_a_broken_library_is_reported_and_not_hidden(installed_copy):
     library = next((installed_copy / "oe_ext").glob("_C*.so"))
     library.write_bytes(b"oe_ext-built-with-torch=" + torch.__version__.encode() + b"\0")
@@ -80,6 +112,22 @@ def test_a_broken_library_is_reported_and_not_hidden(installed_copy):
     assert done.returncode == 1
     assert "was found but could not be loaded" in done.stderr
     assert "pip install --no-build-isolation" in done.stderr
+
+
+def test_a_library_that_cannot_be_read(installed_copy):
+    """Reading it fails as for a user without the permission; root may read every file."""
+    code = (
+        "import pathlib; old = pathlib.Path.read_bytes\n"
+        "def read_bytes(path):\n"
+        "    if path.name.startswith('_C'): raise PermissionError(13, 'Permission denied')\n"
+        "    return old(path)\n"
+        "pathlib.Path.read_bytes = read_bytes; import oe_ext"
+    )
+    done = python(code, installed_copy)
+    assert done.returncode == 1
+    error = done.stderr[done.stderr.rindex("\nImportError: ") :]
+    assert "library cannot be read: [Errno 13] Permission denied" in error
+    assert "pip install --no-build-isolation" in error
 
 
 def test_no_library_and_no_sources(installed_copy):
@@ -95,6 +143,26 @@ def test_jit_without_sources_says_so(installed_copy):
     assert done.returncode == 1
     assert "OE_EXT_JIT=1" in done.stderr
     assert "holds no csrc/ folder" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["true", "ON"])
+def test_a_switch_in_other_words(installed_copy, value):
+    done = python("import oe_ext", installed_copy, OE_EXT_JIT=value)
+    assert "OE_EXT_JIT=1, and it cannot be built here" in done.stderr
+    done = python("import oe_ext", installed_copy, OE_EXT_JIT="no")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_switch_that_is_neither_on_nor_off(installed_copy):
+    done = python("import oe_ext", installed_copy, OE_EXT_JIT="maybe")
+    assert "\nImportError: the environment variable OE_EXT_JIT must be 1 or 0, got" in done.stderr
+
+
+def test_what_bundles_programs_finds_the_library():
+    """PyInstaller and its like read the code for imports, as the standard library's finder does."""
+    finder = modulefinder.ModuleFinder(path=[str(PACKAGE.parent), *sys.path], excludes=["torch"])
+    finder.import_hook("oe_ext._ext")
+    assert "oe_ext._C" in finder.modules
 
 
 def test_operators_that_exist_are_not_registered_again(installed_copy):
@@ -118,11 +186,44 @@ def test_loading_again_does_nothing():
     assert _ext.module is module
 
 
-def test_collect_env():
-    done = python("from oe_ext import collect_env; collect_env.main()", PACKAGE.parent)
+def report(cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "oe_ext.collect_env"],
+        cwd=cwd,
+        env=programs.environment(cwd, **environment),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_collect_env():
+    printed = report(PACKAGE.parent)
     for part in (oe_ext.__version__, torch.__version__, "library", "kernels", "CPU capability"):
-        assert part in done.stdout
+        assert part in printed
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({"OE_EXT_JIT": "1", "OE_EXT_CUDA": "maybe"}, "OE_EXT_CUDA must be 1 or 0, got 'maybe'"),
+        ({"OE_EXT_JIT": "1", "FORCE_CUDA": "1", "CUDA_HOME": "/nowhere"}, "FORCE_CUDA=1 asks"),
+        ({"OE_EXT_JIT": "maybe"}, "OE_EXT_JIT must be 1 or 0, got 'maybe'"),
+    ],
+)
+def test_collect_env_tells_why_nothing_can_be_imported(tmp_path, environment, why):
+    shutil.copytree(PACKAGE, tmp_path / "oe_ext", ignore=shutil.ignore_patterns("_C*.so"))
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "bindings.cpp").touch()
+    printed = report(tmp_path, **environment)
+    assert f"{oe_ext.__version__}, which cannot be imported: " in printed
+    assert why in printed
+    assert torch.__version__ in printed
+    done = python("import oe_ext", tmp_path, **environment)
+    assert done.returncode == 1
+    assert why in done.stderr[done.stderr.rindex("\nImportError: ") :]
 
 
 COMPILE = """
