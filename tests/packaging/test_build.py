@@ -249,7 +249,7 @@ def test_no_torch_no_wheel(tmp_path, command):
         f"sys.argv = ['setup.py', '-q', {command!r}]\n"
         "runpy.run_path('setup.py', run_name='__main__')\n"
     )
-    ignored = shutil.ignore_patterns("*.so", "build", ".*", "tests", "bench")
+    ignored = shutil.ignore_patterns("*.so", "build", "dist", ".*", "tests", "bench")
     shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored)
     done = subprocess.run(
         [sys.executable, "-c", code],
