@@ -62,10 +62,7 @@ def build(mutant: Mutant, folder: Path) -> None:
     others = [path for path in objects.rglob("*.o") if path.name != "kernels_default.o"]
     assert others, f"no objects in {objects}: make build leaves them"
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    file = folder / mutant.file
-    text = file.read_text()
-    assert text.count(mutant.old) == 1, f"{mutant.name}: its place in {mutant.file} has changed"
-    file.write_text(text.replace(mutant.old, mutant.new))
+    mutant.plant(folder)
     shutil.copytree(ROOT / "oe_ext", folder / "oe_ext", ignore=shutil.ignore_patterns("*.so"))
     torch_folder = Path(torch.__file__).parent
     made = folder / "kernels_default.o"

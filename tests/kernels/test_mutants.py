@@ -39,10 +39,7 @@ def build(mutant: Mutant, folder: Path, upsampled: bool) -> Path:
     """The library of a tree with one bug more."""
     for part in ("csrc", "tests/simt"):
         shutil.copytree(ROOT / part, folder / part)
-    file = folder / mutant.file
-    text = file.read_text()
-    assert text.count(mutant.old) == 1, f"{mutant.name}: its place in {mutant.file} has changed"
-    file.write_text(text.replace(mutant.old, mutant.new))
+    mutant.plant(folder)
     made = folder / "kernels.so"
     kernels = "UPSAMPLED" if upsampled else "ROWS"
     flags = ["-O1", f"-DOE_EXT_SIMT_{kernels}", *simt_device.KERNEL_FLAGS]

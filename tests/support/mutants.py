@@ -10,6 +10,7 @@ that the tests make, to see it die.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,13 @@ class Mutant:
     file: str
     old: str
     new: str
+
+    def plant(self, tree: Path) -> None:
+        """Puts the bug into a copy of the sources."""
+        file = tree / self.file
+        text = file.read_text()
+        assert text.count(self.old) == 1, f"{self.name}: its place in {self.file} has changed"
+        file.write_text(text.replace(self.old, self.new))
 
 
 DEVICE = "csrc/cuda/device.cuh"
