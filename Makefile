@@ -68,35 +68,38 @@ test-cpp: $(BUILT)  ## the C++ tests, through CMake and ctest
 	$(ON_PATH) cmake -G Ninja -B build/cmake -DOE_EXT_PYTHON="$(abspath $(PY))" \
 	  -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch.utils as u; print(u.cmake_prefix_path)')"
 	cmake --build build/cmake
-	ctest --test-dir build/cmake --output-on-failure
+	ctest --test-dir build/cmake --output-on-failure -j $(JOBS)
 
 test-sanitizers: $(BUILT)  ## the C++ tests, the CUDA kernels' too, with ASan and UBSan, and with TSan
 	$(call apt_install,/usr/include/gtest/gtest.h,libgtest-dev)
 	for preset in asan-ubsan tsan; do \
 	  $(ON_PATH) cmake --preset $$preset \
 	    -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch.utils as u; print(u.cmake_prefix_path)')" && \
-	  cmake --build --preset $$preset && ctest --preset $$preset -j2 || exit 1; \
+	  cmake --build --preset $$preset && ctest --preset $$preset -j $(JOBS) || exit 1; \
 	done
 
 # Compiled with setup.py's flags, and linked without libtorch: its headers are all that is here. The
 # other sources are only checked, but for Python's module, whose headers are this processor's.
 # -Wno-restrict: g++ 12 warns of its own std::string.
-AARCH64_CXX = aarch64-linux-gnu-g++ -Werror -Wno-restrict $$(cd oe_ext && OE_EXT_CUDA=0 \
+AARCH64_CXX = aarch64-linux-gnu-g++ -Werror -Wno-restrict $$(cd $(CURDIR)/oe_ext && OE_EXT_CUDA=0 \
   $(abspath $(PY)) -c "import _build as b; print(*b.describe_build(b.Path('..')).cxx_flags)")
+GOOGLETEST := /usr/src/googletest/googletest
 AARCH64_TESTS := kernels_test cpu_threads_test upsampled_test row_math_test elementwise_test \
                  cpu_kernels without_torch
-GOOGLETEST := /usr/src/googletest/googletest
+# The one that takes longest goes first.
+AARCH64_SOURCES = $(abspath csrc/cpu/kernels_default.cpp $(AARCH64_TESTS:%=tests/cpp/%.cpp) \
+                  $(wildcard csrc/cpu/launch_*.cpp csrc/cpu/choose_*.cpp) \
+                  $(GOOGLETEST)/src/gtest-all.cc $(GOOGLETEST)/src/gtest_main.cc)
 test-aarch64: $(INSTALLED)  ## the C++ tests of the CPU kernels on aarch64, in QEMU: minutes
 	$(call apt_install,/usr/bin/aarch64-linux-gnu-g++,g++-aarch64-linux-gnu)
 	$(call apt_install,/usr/bin/qemu-aarch64-static,qemu-user-static)
 	$(call apt_install,$(GOOGLETEST)/src/gtest-all.cc,googletest)
-	$(AARCH64_CXX) -fsyntax-only \
-	  $(wildcard csrc/ops/*.cpp csrc/autograd/*.cpp csrc/cpu/*.cpp)
-	mkdir -p build
-	$(AARCH64_CXX) -Icsrc -isystem $(GOOGLETEST)/include -isystem $(GOOGLETEST) \
-	  $(AARCH64_TESTS:%=tests/cpp/%.cpp) csrc/cpu/kernels_default.cpp \
-	  $(wildcard csrc/cpu/launch_*.cpp csrc/cpu/choose_*.cpp) \
-	  $(GOOGLETEST)/src/gtest-all.cc $(GOOGLETEST)/src/gtest_main.cc -o build/aarch64-tests
+	ls csrc/ops/*.cpp csrc/autograd/*.cpp csrc/cpu/*.cpp | \
+	  xargs -P $(JOBS) -n 1 $(AARCH64_CXX) -fsyntax-only
+	rm -rf build/aarch64 && mkdir -p build/aarch64
+	cd build/aarch64 && printf '%s\n' $(AARCH64_SOURCES) | xargs -P $(JOBS) -n 1 \
+	  $(AARCH64_CXX) -c -I$(CURDIR)/csrc -isystem $(GOOGLETEST)/include -isystem $(GOOGLETEST)
+	$(AARCH64_CXX) build/aarch64/*.o -o build/aarch64-tests
 	aarch64-linux-gnu-objdump -dC build/aarch64-tests | $(PY) tests/cpp/check_neon.py
 	qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64-tests $(ARGS)
 
@@ -125,7 +128,7 @@ test-levels: $(BUILT)  ## the CPU kernels' tests at every capability below this 
 	$(call at_level,avx2)
 
 test-packaging: $(BUILT) dist  ## what dist made, pip with and without isolation, JIT: minutes
-	$(PY) -m pytest -m "packaging and not cuda_build" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "packaging and not cuda_build" $(ARGS)
 
 test-jit-cuda: $(BUILT)  ## the JIT build with the CUDA kernels; TORCH= a CUDA build; needs nvcc
 	$(PY) -m pytest -m cuda_build $(ARGS)
@@ -137,15 +140,17 @@ test-torches:  ## make test with each of TORCHES: ten minutes and 8 GB each
 	  $(MAKE) test TORCH=$$torch VENV=.venv-torch-$$torch || exit 1; \
 	done
 
+# Levels of capability, or the widest that the processor has below one.
+LEVELS ?= default avx2 avx512
 COMPILERS ?= g++-11 g++-12 g++-13 g++-14 g++-15 g++-16 clang++-14
-test-compilers: $(BUILT)  ## the kernels' tests at every level, loops' instructions; COMPILERS=: minutes each
+test-compilers: $(BUILT)  ## the kernels' tests at every level, loops' instructions; COMPILERS= LEVELS=: minutes each
 	$(call apt_install,/usr/include/valgrind/callgrind.h,valgrind)
 	for compiler in $(COMPILERS); do \
 	  if command -v $$compiler; then \
 	    rm -f build/built-for-* oe_ext/_C*.so && \
 	    $(ON_PATH) CXX=$$compiler $(PY) setup.py -q build_ext --inplace --build-temp build/temp-$$compiler && \
 	    $(PY) -c "import oe_ext; print(oe_ext._ext.module.build_info()['compiler'])" && \
-	    for level in default avx2 avx512; do \
+	    for level in $(LEVELS); do \
 	      $(call at_level,$$level) || exit 1; \
 	    done && \
 	    $(PY) bench/instructions.py --slopes || exit 1; \
@@ -160,8 +165,8 @@ test-pythons:  ## make test on each of PYTHONS that is here: minutes each
 	  fi; \
 	done
 
-test-mutants: $(BUILT)  ## wrong kernels, which the tests must all catch: minutes
-	$(PY) -m pytest -m mutants $(ARGS)
+test-mutants: $(BUILT)  ## wrong kernels, which the tests must all catch; the real ones under more schedules: minutes
+	$(PY) -m pytest $(PARALLEL:worksteal=loadfile) -m mutants $(ARGS)
 
 test-nvcc: $(BUILT) $(CUDA_TOOLS)  ## the CUDA kernels' machine code; needs nvcc: minutes
 	$(PY) -m pytest -m nvcc $(ARGS)

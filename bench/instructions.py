@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -65,7 +68,7 @@ Cases = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 def count_here(cases: Cases) -> None:
     """Runs every case and dumps its counts, in the process under valgrind."""
-    requests = ctypes.CDLL(str(BUILD / "requests.so"))
+    requests = ctypes.CDLL(str(BUILD / os.environ["ATEN_CPU_CAPABILITY"] / "requests.so"))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     gc.disable()
@@ -85,20 +88,20 @@ def count_here(cases: Cases) -> None:
 
 def count(cases: Cases, here: str, level: str = "avx2") -> dict[str, int]:
     """The instructions of one call of each case, with the kernels of this level."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    for old in BUILD.glob("counts.*"):
-        old.unlink()
-    source = BUILD / "requests.c"
+    folder = BUILD / level
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    source = folder / "requests.c"
     source.write_text(REQUESTS)
     compiler = os.environ.get("CC", "cc")
-    library = BUILD / "requests.so"
+    library = folder / "requests.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
     command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "-q"]
-    command += [f"--callgrind-out-file={BUILD / 'counts'}", sys.executable, __file__, here]
+    command += [f"--callgrind-out-file={folder / 'counts'}", sys.executable, __file__, here]
     environment = os.environ | {"PYTHONHASHSEED": "0", "ATEN_CPU_CAPABILITY": level}
     subprocess.run(["setarch", "-R", *command], check=True, env=environment)
     counts = {}
-    for dump in BUILD.glob("counts.*"):
+    for dump in folder.glob("counts.*"):
         text = dump.read_text()
         trigger = re.search(r"^desc: Trigger: Client Request: (.+)$", text, re.MULTILINE)
         if trigger:
@@ -142,7 +145,9 @@ def compare(counts: dict[str, int], recorded: dict[str, int]) -> tuple[list[str]
 
 def slopes() -> tuple[list[str], bool]:
     """A table row for each pair, and whether all are within their limits."""
-    counts = {level: count(SLOPE_CASES, "--slopes-here", level) for level in LEVELS}
+    with ThreadPoolExecutor(len(LEVELS)) as pool:
+        run = functools.partial(count, SLOPE_CASES, "--slopes-here")
+        counts = dict(zip(LEVELS, pool.map(run, LEVELS), strict=True))
     lines = [f"| one more | {' | '.join(LEVELS)} |", "| --- |" + " --- |" * len(LEVELS)]
     is_good = True
     for name, (small, large, divisor, limits) in SLOPES.items():

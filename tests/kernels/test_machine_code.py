@@ -23,6 +23,11 @@ pytestmark = [
 DTYPES = {"double", "float", "half", "bfloat16"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_for_every_architecture():
+    machine_code.inspect_all()  # two at a time, and kept
+
+
 @pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
 def test_launchable_no_spills_wide_loads_and_few_instructions(architecture):
     kernels = machine_code.inspect(architecture)

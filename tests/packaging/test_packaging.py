@@ -96,6 +96,15 @@ def environment(tmp_path_factory) -> Path:
     )
 
 
+@pytest.fixture(scope="module")
+def quickly(tmp_path_factory) -> dict[str, str]:
+    """The variables that name a compiler which optimises nothing, for half the time."""
+    compiler = tmp_path_factory.mktemp("bin") / "quick-c++"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+    compiler.chmod(0o755)
+    return {"CXX": str(compiler)}
+
+
 def check_import(python: Path, cwd: Path, origin: str, **variables: str) -> None:
     output = run(python, "-c", CHECK, cwd=cwd, **variables)
     assert "loss 1.039720" in output
@@ -182,15 +191,15 @@ def test_wheel_and_editable(checkout, environment, tmp_path):
     assert run(environment, "-c", look, cwd=tmp_path).strip() == "None"
 
 
-def test_isolation_takes_the_torch_of_the_environment(checkout, tmp_path):
+def test_isolation_takes_the_torch_of_the_environment(checkout, quickly, tmp_path):
     python = new_environment(tmp_path / "v", f"torch=={TORCH}", "numpy")
-    run(python, "-m", "pip", "install", "-q", checkout, cwd=tmp_path)
+    run(python, "-m", "pip", "install", "-q", checkout, cwd=tmp_path, **quickly)
     check_import(python, tmp_path, "site-packages")
     version = run(python, "-c", "import torch; print(torch.__version__)", cwd=tmp_path)
     assert version.strip().startswith(TORCH), "the build has not replaced torch"
 
 
-def test_isolation_without_torch_brings_one(checkout, tmp_path):
+def test_isolation_without_torch_brings_one(checkout, quickly, tmp_path):
     """A constraint stands in for the newest release, which is several GB."""
     python = new_environment(tmp_path / "v")
     constraints = tmp_path / "constraints.txt"
@@ -206,15 +215,16 @@ def test_isolation_without_torch_brings_one(checkout, tmp_path):
         cwd=tmp_path,
         PIP_CONSTRAINT=str(constraints),
         PIP_BUILD_CONSTRAINT=str(constraints),
+        **quickly,
     )
     check_import(python, tmp_path, "site-packages")
 
 
-def start_jit(checkout: Path, cache: Path) -> subprocess.Popen:
+def start_jit(checkout: Path, cache: Path, variables: dict[str, str]) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", CHECK],
         cwd=checkout.parent,
-        env=programs.jit_environment(checkout, cache),
+        env=programs.jit_environment(checkout, cache, **variables),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -237,17 +247,17 @@ def kill_while_compiling(process: subprocess.Popen, cache: Path) -> None:
     process.communicate()
 
 
-def test_jit(checkout, tmp_path):
+def test_jit(checkout, quickly, tmp_path):
     """A checkout without a library builds itself on import. A killed build leaves torch's lock
     behind, but blocks nobody. Two processes at once share one build, and the next one finds it."""
     cache = tmp_path / "torch extensions 外れ値"
-    killed = start_jit(checkout, cache)
+    killed = start_jit(checkout, cache, quickly)
     kill_while_compiling(killed, cache)
     (folder,) = cache.glob("oe_ext_jit_*")
     assert (folder / "lock").exists()
     assert not list(folder.glob("*.so"))
 
-    both = [start_jit(checkout, cache), start_jit(checkout, cache)]
+    both = [start_jit(checkout, cache, quickly), start_jit(checkout, cache, quickly)]
     for process in both:
         output = process.communicate(timeout=600)[0]
         assert process.returncode == 0, output
@@ -258,7 +268,7 @@ def test_jit(checkout, tmp_path):
     assert sorted(set(outputs)) == sorted(outputs), "compiled once"
 
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.o")}
-    again = start_jit(checkout, cache)
+    again = start_jit(checkout, cache, quickly)
     assert again.communicate(timeout=600)[0].count("loss 1.039720") == 1
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.o")} == before
     assert before
