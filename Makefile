@@ -101,7 +101,8 @@ test-aarch64: $(INSTALLED)  ## the C++ tests of the CPU kernels on aarch64, in Q
 	  $(AARCH64_CXX) -c -I$(CURDIR)/csrc -isystem $(GOOGLETEST)/include -isystem $(GOOGLETEST)
 	$(AARCH64_CXX) build/aarch64/*.o -o build/aarch64-tests
 	aarch64-linux-gnu-objdump -dC build/aarch64-tests | $(PY) tests/cpp/check_neon.py
-	qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64-tests $(ARGS)
+	seq 0 $$(($(JOBS) - 1)) | GTEST_TOTAL_SHARDS=$(JOBS) xargs -P $(JOBS) -I{} env GTEST_SHARD_INDEX={} \
+	  qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64-tests $(ARGS)
 
 # Python is not compiled with it, so its library is loaded first; libstdc++ too, whose throw it
 # replaces. What Python and torch never free is not ours to count. From the folder of the build: the
@@ -110,8 +111,8 @@ ASAN_LIBRARY = build/asan-python
 test-asan-python: $(BUILT)  ## Python tests of the CPU operators, compiled with ASan and UBSan: minutes
 	$(ON_PATH) LDFLAGS="-fsanitize=address,undefined" \
 	  CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
-	  $(PY) setup.py -q build_ext --build-temp $(ASAN_LIBRARY)/temp --build-lib $(ASAN_LIBRARY)/lib \
-	  build_py --build-lib $(ASAN_LIBRARY)/lib
+	  $(PY) setup.py -q build_py --build-lib $(ASAN_LIBRARY)/lib \
+	  build_ext --build-temp $(ASAN_LIBRARY)/temp --build-lib $(ASAN_LIBRARY)/lib
 	cd $(ASAN_LIBRARY)/lib && export ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" && \
 	  $(abspath $(PY)) -c "import oe_ext; assert 'asan-python' in oe_ext._ext.origin, oe_ext._ext.origin" && \
@@ -235,8 +236,12 @@ wheels: dist  ## a wheel for each Python, built in containers, in build/wheels; 
 	$(BIN)/cibuildwheel --platform linux --output-dir build/wheels dist/*.tar.gz
 
 # The editable install compiles nothing; in place, an edit compiles what it changes. There is one
-# place for the library, so what another environment has left there goes first.
-$(BUILT): $(INSTALLED) $(SOURCES)
+# place for the library: what another environment has left there goes first, and is never taken for
+# ours.
+.PHONY: missing-library
+TORCH_OF_LIBRARY := oe_ext-built-with-torch=$(lastword $(subst -torch-, ,$(BUILT)))
+IS_OURS := $(shell grep -sqF '$(TORCH_OF_LIBRARY)' oe_ext/_C*.so && echo yes)
+$(BUILT): $(INSTALLED) $(SOURCES) $(if $(IS_OURS),,missing-library)
 	rm -f build/built-for-* oe_ext/_C*.so
 	$(ON_PATH) $(PY) setup.py -q build_ext --inplace
 	mkdir -p build && touch $@

@@ -6,11 +6,15 @@ imports nothing of the package, and torch only inside the functions.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MIN_TORCH = "2.11"
 
@@ -32,6 +36,8 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "--threads=2", "--expt-relaxed-constexpr"]
 # Small headers instead of one for all operators: 5 s per file instead of 15 s.
 DEFINES = ["AT_PER_OPERATOR_HEADERS"]
 
+# In a folder of objects: the sources that they were made from.
+RECORD = "oe_ext.json"
 
 # Turing, Ampere, Hopper, Blackwell, and later ones through PTX.
 DEFAULT_CUDA_ARCH_LIST = "7.5;8.0;9.0;10.0+PTX"
@@ -165,6 +171,59 @@ def _cuda_arch_list() -> list[str]:
             return sorted({f"{major}.{minor}" for major, minor in gpus})
         os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_CUDA_ARCH_LIST
     return os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split()
+
+
+def hash_sources(root: Path) -> dict[str, str]:
+    """The SHA-256 of each file in ``root / "csrc"``."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((root / "csrc").rglob("*"))
+        if path.is_file()
+    }
+
+
+def build_id(root: Path) -> bytes:
+    """Of a library of these sources: a checkout knows by it what has been installed from it."""
+    return hashlib.sha256(json.dumps(hash_sources(root)).encode()).digest()
+
+
+def link_flags(root: Path) -> list[str]:
+    """The flags that link a library of the sources in ``root / "csrc"``."""
+    has_build_id = sys.platform.startswith("linux")
+    return LINK_FLAGS + ([f"-Wl,--build-id=0x{build_id(root).hex()}"] if has_build_id else [])
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What ``write_record`` has written; nothing, if that cannot be read."""
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record
+
+
+def write_record(folder: Path, **record: Any) -> None:
+    """Notes in a folder of objects what they were made from."""
+    new = folder / f"{RECORD}.new"
+    new.write_text(json.dumps(record))
+    new.replace(folder / RECORD)
+
+
+def forget_stale_objects(folder: Path, root: Path) -> None:
+    """Lets ninja see every change of the sources since the last build in a folder.
+
+    ninja compares times, and what replaces a file may be older (tar, rsync, cp -p). Without its
+    log, it compiles everything.
+    """
+    sources = hash_sources(root)
+    before = read_record(folder).get("sources", {})
+    changed = [root / name for name in sources if sources[name] != before.get(name)]
+    if before and changed:
+        noted = (folder / RECORD).stat().st_mtime_ns
+        if any(path.stat().st_mtime_ns <= noted for path in changed):
+            (folder / ".ninja_log").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder, sources=sources)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,94 @@ def test_link_time_optimisation_keeps_the_name_of_the_torch(tmp_path):
     assert _ext.built_with_torch(tmp_path / "library.so") == "2.99.1+cpu"
 
 
+@pytest.fixture
+def small_tree(tmp_path) -> Path:
+    """What setup.py needs, with one small source."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "oe_ext", tree / "oe_ext", ignore=shutil.ignore_patterns("*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    (tree / "csrc").mkdir()
+    shutil.copy(Path(__file__).with_name("small.cpp"), tree / "csrc" / "bindings.cpp")
+    (tree / "csrc" / "value.h").write_text("constexpr long kValue = 1;\n")
+    return tree
+
+
+def run_setup(tree: Path, *arguments: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tree,
+        env=os.environ | {"OE_EXT_CUDA": "0"} | environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def value_of(tree: Path) -> int:
+    """That of value.h, when the library in ``build`` was compiled."""
+    (library,) = (tree / "build").glob("lib*/oe_ext/_C*.so")
+    # dlopen takes two files for one if their names are equal.
+    copy = Path(tempfile.mkdtemp(dir=tree)) / "copy.so"
+    shutil.copy(library, copy)
+    value: int = _ext.load_file("oe_ext._C", copy).value()
+    return value
+
+
+def test_not_times_decide_what_is_compiled(small_tree, tmp_path):
+    run_setup(small_tree, "build")
+    assert value_of(small_tree) == 1
+    # With ninja: a header that is older than its object.
+    (small_tree / "csrc" / "value.h").write_text("constexpr long kValue = 2;\n")
+    os.utime(small_tree / "csrc" / "value.h", (1e9, 1e9))
+    run_setup(small_tree, "build")
+    assert value_of(small_tree) == 2
+    # Without: a library that is newer than all sources, of another torch.
+    (library,) = (small_tree / "build").glob("lib*/oe_ext/_C*.so")
+    library.write_bytes(b"of another torch")
+    no_ninja = "import torch.utils.cpp_extension as c; c.is_ninja_available = lambda: False"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(no_ninja)
+    path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
+    run_setup(small_tree, "build_ext", PYTHONPATH=path)
+    assert value_of(small_tree) == 2
+
+
+def test_a_module_that_was_removed_is_not_in_the_next_wheel(small_tree):
+    (small_tree / "oe_ext" / "gone.py").touch()
+    run_setup(small_tree, "build")
+    assert list((small_tree / "build").glob("lib*/oe_ext/gone.py"))
+    (small_tree / "oe_ext" / "gone.py").unlink()
+    run_setup(small_tree, "build")
+    assert not list((small_tree / "build").glob("lib*/oe_ext/gone.py"))
+    assert value_of(small_tree) == 1
+
+
+def test_make_build_takes_no_library_of_another_torch(tmp_path):
+    """Whoever has put it there."""
+    for name in ("pyproject.toml", "setup.py", "oe_ext/_build.py", "csrc/bindings.cpp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("v/installed-torch-2.13.0", "build/built-for-v-torch-2.13.0"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+
+    def make_build() -> str:
+        command = ["make", "-n", "-f", ROOT / "Makefile", "build", "VENV=v", "TORCH=2.13.0"]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    library = tmp_path / "oe_ext" / "_C.cpython-311-x86_64-linux-gnu.so"
+    library.write_bytes(b"\0oe_ext-built-with-torch=2.13.0+cpu\0")
+    assert "Nothing to be done" in make_build()
+    library.write_bytes(b"\0oe_ext-built-with-torch=2.14.1+cu130\0")
+    assert "setup.py -q build_ext --inplace" in make_build()
+    library.unlink()
+    assert "setup.py -q build_ext --inplace" in make_build()
+
+
 @pytest.mark.parametrize("command", ["bdist_wheel", "build_ext", "install", "editable_wheel"])
 def test_no_torch_no_wheel(tmp_path, command):
     """Where pip would keep a wheel without a library in its cache."""
@@ -259,7 +348,7 @@ def test_no_torch_no_wheel(tmp_path, command):
         cwd=tmp_path / "tree",
     )
     assert done.returncode == 1, done.stdout
-    assert "there is none: first pip install 'torch>=2.11', then oe_ext" in done.stderr
+    assert "this build sees none: first pip install 'torch>=2.11' 'setuptools" in done.stderr
     assert not list(tmp_path.rglob("*.whl"))
 
 

@@ -26,6 +26,7 @@ import oe_ext
 pytestmark = pytest.mark.packaging
 
 TORCH = torch.__version__.partition("+")[0]
+MAJOR_MINOR = ".".join(TORCH.split(".")[:2])
 BUILD_REQUIREMENTS = ["setuptools>=77", "ninja", "pybind11>=2.13", "wheel"]
 # Values against float64, with -inf and NaN among the logits, and what an import may not change.
 CHECK = """
@@ -138,8 +139,7 @@ def test_wheel():
     package = {name for name in names if not name.endswith(".so") and ".dist-info/" not in name}
     assert package == set(run("git", "ls-files", "oe_ext", cwd=ROOT).split())
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    major_minor = ".".join(TORCH.split(".")[:2])
-    assert f"Requires-Dist: torch=={major_minor}.*" in metadata
+    assert f"Requires-Dist: torch=={MAJOR_MINOR}.*" in metadata
 
 
 def test_cibuildwheel_knows_what_to_build():
@@ -193,8 +193,12 @@ def test_wheel_and_editable(checkout, environment, tmp_path):
 
 def test_isolation_takes_the_torch_of_the_environment(checkout, quickly, tmp_path):
     python = new_environment(tmp_path / "v", f"torch=={TORCH}", "numpy")
+    for library in (checkout / "oe_ext").glob("_C*.so"):  # of an editable install
+        library.unlink()
     run(python, "-m", "pip", "install", "-q", checkout, cwd=tmp_path, **quickly)
     check_import(python, tmp_path, "site-packages")
+    # In the folder of sources, too, which has no library of its own.
+    check_import(python, checkout, "site-packages")
     version = run(python, "-c", "import torch; print(torch.__version__)", cwd=tmp_path)
     assert version.strip().startswith(TORCH), "the build has not replaced torch"
 
@@ -218,6 +222,52 @@ def test_isolation_without_torch_brings_one(checkout, quickly, tmp_path):
         **quickly,
     )
     check_import(python, tmp_path, "site-packages")
+
+
+@pytest.mark.parametrize("place", ["a .pth file", "PYTHONPATH", "the user's packages"])
+def test_isolation_finds_torch_wherever_python_does(checkout, tmp_path, place):
+    """The wheel names the torch that it is made for. Without its library, which takes minutes."""
+    of_the_user = place == "the user's packages"
+    python = tmp_path / "v" / "bin" / "python"
+    venv.create(tmp_path / "v", with_pip=True, system_site_packages=of_the_user)
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text("torch==0\n")  # none is fetched
+    variables = {name: str(constraints) for name in ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")}
+    variables |= {"PYTHONUSERBASE": str(tmp_path / "user"), "OE_EXT_DEFER_BUILD": "1"}
+    packages = str(Path(torch.__file__).parent.parent)
+    if place == "PYTHONPATH":
+        variables["PYTHONPATH"] = packages
+    else:
+        where = "site.getusersitepackages()" if of_the_user else "site.getsitepackages()[0]"
+        folder = Path(
+            run(python, "-c", f"import site; print({where})", cwd=tmp_path, **variables)[:-1]
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "torch.pth").write_text(packages)
+    run(python, "-m", "pip", "wheel", "-q", "--no-deps", checkout, cwd=tmp_path, **variables)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+        assert f"Requires-Dist: torch=={MAJOR_MINOR}.*" in archive.read(metadata).decode()
+
+
+def test_an_isolated_build_that_hides_torch_says_so(checkout, environment, tmp_path):
+    """uv makes an environment for the build: it could only be for another torch."""
+    pip = (environment, "-m", "pip")
+    run(*pip, "download", "-q", *BUILD_REQUIREMENTS, "-d", "wheels", cwd=tmp_path)
+    run(*pip, "install", "-q", "uv", cwd=tmp_path)
+    install = [environment.with_name("uv"), "pip", "install", "--python", environment]
+    done = subprocess.run(
+        [*install, "--no-index", "--find-links", "wheels", "--no-deps", checkout],
+        cwd=tmp_path,
+        env=os.environ | {"UV_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "this build sees none: first pip install 'torch>=2.11'" in done.stderr
+    assert "then oe_ext with --no-build-isolation" in done.stderr
 
 
 def start_jit(checkout: Path, cache: Path, variables: dict[str, str]) -> subprocess.Popen:
