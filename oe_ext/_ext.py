@@ -1,8 +1,8 @@
 """Finds the compiled library, or builds it, and loads it once.
 
 It tries, in this order: operators that another copy has already registered; the prebuilt
-``oe_ext._C``; a JIT build from ``csrc/`` of an editable checkout. ``OE_EXT_JIT=1`` skips the
-prebuilt one.
+``oe_ext._C``, beside this file or of an install from the same sources; a JIT build from ``csrc/``
+of an editable checkout. ``OE_EXT_JIT=1`` skips the prebuilt ones.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -47,7 +49,7 @@ def load() -> None:
     if is_registered():
         origin = "registered by another library in this process"
         return
-    path = prebuilt_library()
+    path = prebuilt_library() or installed_library()
     try:
         wants_jit = _build.switch("OE_EXT_JIT")
     except ValueError as error:
@@ -55,7 +57,7 @@ def load() -> None:
     if wants_jit:
         module, origin = _load_jit("OE_EXT_JIT=1")
     elif path is None:
-        module, origin = _load_jit("oe_ext has no compiled library (oe_ext._C)")
+        module, origin = _load_jit(_no_library())
     else:
         module, origin = _load_prebuilt(path), str(path)
     _tell_compile_caches()
@@ -114,6 +116,44 @@ def prebuilt_library() -> Path | None:
     return None
 
 
+def installed_library() -> Path | None:
+    """The library of an install that this folder of sources shadows, or None.
+
+    It must be of the same sources: its build ID is their hash.
+    """
+    root = _PACKAGE.parent
+    if not (root / "csrc").is_dir():
+        return None
+    build_id = _build.build_id(root)
+    for folder in sys.path:
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+            path = Path(folder or ".", _PACKAGE.name, f"_C{suffix}")
+            if path.is_file() and build_id in path.read_bytes():
+                return path.resolve()
+    return None
+
+
+def _no_library() -> str:
+    """Says what is missing, and what is there instead."""
+    others = ", ".join(sorted(path.name for path in _PACKAGE.glob("_C.*.so")))
+    this = f"oe_ext has no compiled library (oe_ext._C{importlib.machinery.EXTENSION_SUFFIXES[0]})"
+    return f"{this}, but one for another Python or platform ({others})" if others else this
+
+
+def load_file(name: str, path: Path) -> ModuleType:
+    """The extension module in a file, which need not be where Python looks for modules.
+
+    Raises:
+        ImportError: it cannot be loaded.
+    """
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no extension module", path=str(path))
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
 def built_with_torch(path: Path) -> str | None:
     """The version of torch that a library was compiled with, read from its file."""
     found = _MARKER.search(path.read_bytes())
@@ -135,6 +175,8 @@ def _load_prebuilt(path: Path) -> ModuleType:
             path=str(path),
         )
     try:
+        if path.parent != _PACKAGE:
+            return load_file("oe_ext._C", path)
         from oe_ext import _C  # named, so that programs that bundle others find it
     except ImportError as error:
         raise ImportError(

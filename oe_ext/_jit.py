@@ -15,54 +15,113 @@ from types import ModuleType
 
 import torch
 
-from oe_ext import _build
+from oe_ext import _build, _ext
 
 
 def build_and_load(root: Path) -> tuple[ModuleType, str]:
-    """Compiles what has changed in ``root / "csrc"`` and loads the library.
+    """Loads the library of the sources in ``root / "csrc"``; compiles first what has changed.
 
     Returns the module and the path of its file.
     """
-    _build.find_cuda_home()  # before cpp_extension looks for it
+    with _environment_kept():
+        _build.find_cuda_home()  # before cpp_extension looks for it
+        try:
+            build = _build.describe_build(root)
+        except (RuntimeError, ValueError) as error:
+            raise ImportError(f"oe_ext cannot be built by JIT: {error}") from error
+        # The name distinguishes interpreters and versions.
+        name = module_name(root, build)
+        library = _cache() / name / f"{name}.so"
+        try:
+            make_private(library.parent)
+            module = _load_or_compile(root, build, library)
+        except (RuntimeError, OSError) as error:
+            raise ImportError(
+                f"the JIT build of oe_ext in {library.parent} failed. It needs a C++20 compiler "
+                "(g++ >= 11), ninja (pip install ninja), torch's headers, and a folder that can be "
+                "written to and that libraries can be loaded from, with some MB free "
+                "(TORCH_EXTENSIONS_DIR names another one); OE_EXT_VERBOSE=1 shows the build. The "
+                f"error was:\n{error}"
+            ) from error
+    return module, f"{module.__file__} (JIT build of {root / 'csrc'})"
+
+
+def _cache() -> Path:
+    """The folder for the libraries of all extensions, as torch chooses it."""
     from torch.utils import cpp_extension
 
-    try:
-        build = _build.describe_build(root)
-    except (RuntimeError, ValueError) as error:
-        raise ImportError(f"oe_ext cannot be built by JIT: {error}") from error
-    name = module_name(root, build)
-    # The name distinguishes interpreters and versions. torch's own function would create the
-    # folder.
-    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    folder = Path(cache).resolve() / name  # a link may change later
-    try:
-        make_private(folder)
-        with _locked(folder), _ninja_on_path():
-            # Only the holder of our lock builds. A lock of torch is left over from a killed build,
-            # and torch would wait for it forever.
-            (folder / "lock").unlink(missing_ok=True)
-            module = cpp_extension.load(
-                name=name,
-                sources=[str(root / source) for source in build.sources],
-                # load() passes the flags to a shell unquoted
-                extra_cflags=[shlex.quote(flag) for flag in build.cxx_flags],
-                extra_cuda_cflags=[shlex.quote(flag) for flag in build.nvcc_flags],
-                extra_ldflags=[
-                    *_build.LINK_FLAGS,
-                    *(f"-l{library}" for library in build.libraries),
-                ],
-                build_directory=str(folder),
-                with_cuda=build.cuda,
-                verbose=os.environ.get("OE_EXT_VERBOSE") == "1",
-            )
-    except (RuntimeError, OSError) as error:
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    # A link may change later. torch's own function would create the folder.
+    cache = Path(named or cpp_extension.get_default_build_root()).resolve()
+    if not named and "~" in cache.parts:
         raise ImportError(
-            f"the JIT build of oe_ext in {folder} failed. It needs a C++20 compiler (g++ >= 11), "
-            "ninja (pip install ninja), torch's headers, and a folder that can be written to, with "
-            "some MB free (TORCH_EXTENSIONS_DIR names another one); OE_EXT_VERBOSE=1 shows the "
-            f"build. The error was:\n{error}"
-        ) from error
-    return module, f"{module.__file__} (JIT build of {root / 'csrc'})"
+            "oe_ext has no folder for a JIT build, since this user has no home directory. Set "
+            "HOME, or TORCH_EXTENSIONS_DIR to a folder."
+        )
+    return cache
+
+
+def _load_or_compile(root: Path, build: _build.Build, library: Path) -> ModuleType:
+    lock = library.with_name("oe_ext.lock")
+    if lock.exists():  # else nothing has been built
+        with _locked(lock, fcntl.LOCK_SH):
+            module = _load_current(root, library)
+        if module is not None:
+            return module
+    with _locked(lock, fcntl.LOCK_EX):
+        # Another process may have built it meanwhile.
+        return _load_current(root, library) or _compile(root, build, library)
+
+
+def _load_current(root: Path, library: Path) -> ModuleType | None:
+    """The module, if its file is whole, of these sources, and can be loaded."""
+    record = _build.read_record(library.parent)
+    if record.get("sources") != _build.hash_sources(root) or not library.is_file():
+        return None
+    if record.get("library") != _hash(library):
+        return None  # half a file could end the process
+    try:
+        return _ext.load_file(library.stem, library)
+    except ImportError:
+        return None
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _compile(root: Path, build: _build.Build, library: Path) -> ModuleType:
+    """Compiles what has changed; everything, if the library of these sources cannot be loaded."""
+    from torch.utils import cpp_extension
+
+    folder = library.parent
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise OSError(f"the file system of {folder} is mounted with the option noexec")
+    # Only the holder of our lock builds. A lock of torch is left over from a killed build, and
+    # torch would wait for it forever.
+    (folder / "lock").unlink(missing_ok=True)
+    sources = _build.hash_sources(root)
+    record = _build.read_record(folder)
+    if record.get("sources") == sources and "library" in record:
+        (folder / ".ninja_log").unlink(missing_ok=True)
+    library.unlink(missing_ok=True)
+    _build.forget_stale_objects(folder, root)
+    try:
+        module: ModuleType = cpp_extension.load(
+            name=library.stem,
+            sources=[str(root / source) for source in build.sources],
+            # load() passes the flags to a shell unquoted
+            extra_cflags=[shlex.quote(flag) for flag in build.cxx_flags],
+            extra_cuda_cflags=[shlex.quote(flag) for flag in build.nvcc_flags],
+            extra_ldflags=[*_build.link_flags(root), *(f"-l{name}" for name in build.libraries)],
+            build_directory=str(folder),
+            with_cuda=build.cuda,
+            verbose=os.environ.get("OE_EXT_VERBOSE") == "1",
+        )
+    except ImportError as error:
+        raise RuntimeError(f"{library} was built, but cannot be loaded: {error}") from error
+    _build.write_record(folder, sources=sources, library=_hash(library))
+    return module
 
 
 def make_private(folder: Path) -> None:
@@ -127,20 +186,30 @@ def module_name(root: Path, build: _build.Build) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(lock: Path, kind: int) -> Iterator[None]:
     """Holds a file lock that ends with the process, however the process ends."""
-    with (folder / "oe_ext.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with lock.open("r" if kind == fcntl.LOCK_SH else "w") as file:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(
+                f"oe_ext: another process builds the library in {lock.parent}; waiting for it",
+                file=sys.stderr,
+            )
+            fcntl.flock(file, kind)
         yield
 
 
 @contextmanager
-def _ninja_on_path() -> Iterator[None]:
-    """Adds the interpreter's folder to PATH: ninja is there, also if no venv is activated."""
-    before = os.environ.get("PATH", "")
+def _environment_kept() -> Iterator[None]:
+    """Changes of the environment end with it. The interpreter's folder is added to PATH: ninja is
+    there, also if no venv is activated."""
+    before = dict(os.environ)
     beside = os.path.dirname(sys.executable)
-    os.environ["PATH"] = os.pathsep.join(part for part in (before, beside) if part)
+    os.environ["PATH"] = os.pathsep.join(filter(None, [before.get("PATH"), beside]))
     try:
         yield
     finally:
-        os.environ["PATH"] = before
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)

@@ -277,4 +277,6 @@ _RULES: dict[str, tuple[Any, Callable[..., Any], int]] = {
     "_outlier_exposure_loss_backward": (_BACKWARD, _backward_rule, 13),
 }
 for _name, _rule in _RULES.items():
-    torch.library.register_vmap(f"oe_ext::{_name}", _by_sample(*_rule), lib=_LIBRARY)
+    # A second import, after the first was removed from sys.modules, finds them registered.
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"oe_ext::{_name}", "FuncTorchBatched"):
+        torch.library.register_vmap(f"oe_ext::{_name}", _by_sample(*_rule), lib=_LIBRARY)

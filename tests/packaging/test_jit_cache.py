@@ -2,22 +2,28 @@
 Obstacles to a build end in one error that says what to do."""
 
 import ctypes
+import fcntl
+import multiprocessing
 import os
+import pwd
 import re
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import programs
 import pytest
 from paths import ROOT
 
-from oe_ext import _jit
+from oe_ext import _build, _jit
 
 is_root = os.getuid() == 0
+# Starts a program in which root, too, needs permissions.
+AS_OTHER_USERS = ["setpriv", "--bounding-set=-dac_override"] if is_root else []
 
 
 def test_every_folder_that_is_made_is_private(tmp_path):
@@ -193,11 +199,9 @@ def test_a_cache_that_cannot_be_made(checkout, tmp_path):
 
 
 def test_a_cache_that_is_read_only(checkout, tmp_path):
-    """Makes root need permissions, like other users."""
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o500)
-    asks = ["setpriv", "--bounding-set=-dac_override"] if is_root else []
-    done = import_by_jit(checkout, cache, *asks)
+    done = import_by_jit(checkout, cache, *AS_OTHER_USERS)
     assert_one_clear_error(done, "can be written to", f"Permission denied: '{cache}/")
 
 
@@ -216,3 +220,140 @@ def test_a_cache_that_others_can_write_to(checkout, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
     assert_one_clear_error(import_by_jit(checkout, tmp_path / "cache"), "others can write to it")
+
+
+def test_a_cache_that_libraries_cannot_be_loaded_from(checkout, tmp_path):
+    """Said before anything is compiled."""
+    (tmp_path / "cache").mkdir(mode=0o700)
+    mount = 'mount -t tmpfs -o noexec,mode=700 tmpfs "$0"'
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount, tmp_path / "cache"]).returncode != 0:
+        pytest.skip("this machine lets nobody mount a file system")
+    wrapper = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', tmp_path / "cache"]
+    done = import_by_jit(checkout, tmp_path / "cache", *wrapper)
+    assert_one_clear_error(done, "mounted with the option noexec")
+
+
+def test_a_user_without_a_home(monkeypatch, tmp_path):
+    """torch would take a folder named "~" in the current one."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ImportError, match=r"no home directory\. Set HOME, or TORCH_EXTENSIONS_DIR"):
+        _jit._cache()
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_waits_is_told(tmp_path, capsys):
+    lock = tmp_path / "oe_ext.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        release = threading.Timer(0.2, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        release.start()
+        with _jit._locked(lock, fcntl.LOCK_SH):
+            release.join()
+    assert f"another process builds the library in {tmp_path}; waiting" in capsys.readouterr().err
+    with _jit._locked(lock, fcntl.LOCK_EX):
+        pass
+    assert not capsys.readouterr().err
+
+
+class Small:
+    """A checkout with one small source, which is compiled in a second."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.cache = folder / "checkout", folder / "cache"
+        self.header = self.root / "csrc" / "value.h"
+        self.header.parent.mkdir(parents=True)
+        shutil.copy(Path(__file__).with_name("small.cpp"), self.header.with_name("bindings.cpp"))
+        self.header.write_text("constexpr long kValue = 1;\n")
+
+    def replace(self, value: int) -> None:
+        """By a file that is older than everything that has been built."""
+        self.header.write_text(f"constexpr long kValue = {value};\n")
+        os.utime(self.header, (1e9, 1e9))
+
+    def value(self) -> int:
+        """Builds and loads it in a process of its own."""
+        context = multiprocessing.get_context("fork")
+        results = context.SimpleQueue()
+
+        def run() -> None:
+            os.environ["TORCH_EXTENSIONS_DIR"] = str(self.cache)
+            kept = dict(os.environ)
+            module, _ = _jit.build_and_load(self.root)
+            assert dict(os.environ) == kept
+            results.put(module.value())
+
+        child = context.Process(target=run)
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+        return results.get()
+
+    @property
+    def library(self) -> Path:
+        (library,) = self.cache.glob("*/*.so")
+        return library
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> Small:
+    monkeypatch.setenv("OE_EXT_CUDA", "0")
+    return Small(tmp_path)
+
+
+def test_a_source_that_an_older_one_replaces(small):
+    """tar, rsync and cp -p keep times, and ninja compares them."""
+    assert small.value() == 1
+    small.replace(2)
+    assert small.value() == 2
+    small.replace(3)
+    assert small.value() == 3
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "other"])
+def test_a_library_that_cannot_be_loaded_is_built_again(small, damage):
+    assert small.value() == 1
+    library = small.library
+    whole = library.read_bytes()
+    library.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "other": b"text"}[damage])
+    assert small.value() == 1
+    # As the last build left it, but not to be loaded: the objects are broken, too.
+    object_file = library.with_name("bindings.o")
+    object_file.write_bytes(b"")
+    library.write_bytes(b"")
+    _build.write_record(
+        library.parent, sources=_build.hash_sources(small.root), library=_jit._hash(library)
+    )
+    assert small.value() == 1
+    assert object_file.stat().st_size > 0
+
+
+def test_a_current_library_needs_neither_a_compiler_nor_a_folder_to_write_to(small, tmp_path):
+    assert small.value() == 1
+    before = small.library.stat()
+    code = (
+        "import pathlib, sys; from oe_ext import _jit\n"
+        "print(_jit.build_and_load(pathlib.Path(sys.argv[1]))[0].value())"
+    )
+    small.library.parent.chmod(0o500)
+    try:
+        done = subprocess.run(
+            [*AS_OTHER_USERS, sys.executable, "-c", code, small.root],
+            env=os.environ
+            | {"TORCH_EXTENSIONS_DIR": str(small.cache), "PYTHONPATH": str(ROOT)}
+            | {"PATH": path_without(tmp_path, "c++", "g++", "ninja")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        small.library.parent.chmod(0o700)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1\n"
+    assert small.library.stat().st_mtime_ns == before.st_mtime_ns

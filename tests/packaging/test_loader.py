@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import oe_ext
-from oe_ext import _ext
+from oe_ext import _build, _ext
 
 PACKAGE = Path(oe_ext.__file__).parent
 
@@ -138,6 +138,52 @@ def test_no_library_and_no_sources(installed_copy):
     assert "editable checkout" in done.stderr
 
 
+def test_a_library_for_another_python(installed_copy):
+    library = next((installed_copy / "oe_ext").glob("_C*.so"))
+    library.rename(library.with_name("_C.cpython-39-x86_64-linux-gnu.so"))
+    done = python("import oe_ext", installed_copy)
+    assert done.returncode == 1
+    others = "but one for another Python or platform (_C.cpython-39-x86_64-linux-gnu.so)"
+    assert others in done.stderr
+
+
+def test_a_folder_of_sources_does_not_shadow_its_install(installed_copy, tmp_path):
+    """As after "pip install ." in a checkout; but an install of other sources is not taken."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(PACKAGE, checkout / "oe_ext", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(PACKAGE.parent / "csrc", checkout / "csrc")
+    path = {"PYTHONPATH": f"{checkout}:{installed_copy}"}
+    code = "import oe_ext; print(oe_ext.__file__); print(oe_ext._ext.origin)"
+    done = python(code, checkout, **path)
+    assert done.returncode == 0, done.stderr
+    package, library = done.stdout.splitlines()
+    assert package.startswith(str(checkout))
+    assert library.startswith(str(installed_copy / "oe_ext"))
+
+    with (checkout / "csrc" / "bindings.cpp").open("a") as file:
+        file.write("\n")
+    (tmp_path / "no folder").touch()
+    done = python(code, checkout, TORCH_EXTENSIONS_DIR=str(tmp_path / "no folder"), **path)
+    assert done.returncode == 1
+    assert "the JIT build of oe_ext in" in done.stderr
+
+
+def test_a_second_import_after_the_first_was_removed(installed_copy):
+    """Without a warning: it registers nothing again."""
+    code = (
+        "import sys, warnings, torch, oe_ext\n"
+        "for name in [n for n in sys.modules if n.split('.')[0] == 'oe_ext']:\n"
+        "    del sys.modules[name]\n"
+        "warnings.simplefilter('error')\n"
+        "import oe_ext\n"
+        "loss = lambda x: oe_ext.outlier_exposure_loss(x, torch.tensor([0, -1]))\n"
+        "print(torch.vmap(loss)(torch.zeros(3, 2, 4))[2].item())\n"
+    )
+    done = python(code, installed_copy)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1.0397")
+
+
 def test_jit_without_sources_says_so(installed_copy):
     done = python("import oe_ext", installed_copy, OE_EXT_JIT="1")
     assert done.returncode == 1
@@ -145,12 +191,12 @@ def test_jit_without_sources_says_so(installed_copy):
     assert "holds no csrc/ folder" in done.stderr
 
 
-@pytest.mark.parametrize("value", ["true", "ON"])
-def test_a_switch_in_other_words(installed_copy, value):
-    done = python("import oe_ext", installed_copy, OE_EXT_JIT=value)
+def test_a_switch_in_other_words(installed_copy, monkeypatch):
+    done = python("import oe_ext", installed_copy, OE_EXT_JIT="true")
     assert "OE_EXT_JIT=1, and it cannot be built here" in done.stderr
-    done = python("import oe_ext", installed_copy, OE_EXT_JIT="no")
-    assert done.returncode == 0, done.stderr
+    for value, meaning in ("ON", True), ("yes", True), ("No", False), ("off", False), ("", None):
+        monkeypatch.setenv("OE_EXT_JIT", value)
+        assert _build.switch("OE_EXT_JIT") is meaning
 
 
 def test_a_switch_that_is_neither_on_nor_off(installed_copy):
@@ -205,6 +251,15 @@ def test_collect_env():
         assert part in printed
 
 
+@pytest.fixture
+def checkout_without_library(tmp_path):
+    """Enough of one for a JIT build to begin."""
+    shutil.copytree(PACKAGE, tmp_path / "oe_ext", ignore=shutil.ignore_patterns("_C*.so"))
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "bindings.cpp").touch()
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ("environment", "why"),
     [
@@ -213,17 +268,17 @@ def test_collect_env():
         ({"OE_EXT_JIT": "maybe"}, "OE_EXT_JIT must be 1 or 0, got 'maybe'"),
     ],
 )
-def test_collect_env_tells_why_nothing_can_be_imported(tmp_path, environment, why):
-    shutil.copytree(PACKAGE, tmp_path / "oe_ext", ignore=shutil.ignore_patterns("_C*.so"))
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "bindings.cpp").touch()
-    printed = report(tmp_path, **environment)
-    assert f"{oe_ext.__version__}, which cannot be imported: " in printed
-    assert why in printed
-    assert torch.__version__ in printed
-    done = python("import oe_ext", tmp_path, **environment)
+def test_what_cannot_be_built_is_an_import_error(checkout_without_library, environment, why):
+    done = python("import oe_ext", checkout_without_library, **environment)
     assert done.returncode == 1
     assert why in done.stderr[done.stderr.rindex("\nImportError: ") :]
+
+
+def test_collect_env_tells_why_nothing_can_be_imported(checkout_without_library):
+    printed = report(checkout_without_library, OE_EXT_JIT="maybe")
+    assert f"{oe_ext.__version__}, which cannot be imported: " in printed
+    assert "OE_EXT_JIT must be 1 or 0, got 'maybe'" in printed
+    assert torch.__version__ in printed
 
 
 COMPILE = """
