@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -31,7 +32,11 @@ def run(world: int, function: Callable[..., None], *args: Any) -> None:
     of any of them here."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "rendezvous")
-        torch.multiprocessing.spawn(_child, (function, world, path, args), nprocs=world)
+        # From one process that has imported what takes seconds to import.
+        multiprocessing.set_forkserver_preload(["torch.testing", "oe_ext.distributed", "pytest"])
+        torch.multiprocessing.start_processes(
+            _child, (function, world, path, args), nprocs=world, start_method="forkserver"
+        )
 
 
 def same(ours: Any, theirs: Any, rtol: float = 1e-12, atol: float = 1e-14) -> None:
