@@ -45,7 +45,7 @@ def environment_path():
     for name, _, value in (variable.partition(b"=") for variable in pip.split(b"\0")):
         if os.fsdecode(name) in hiding:
             variables[os.fsdecode(name)] = os.fsdecode(value)
-    code = "import json, sys; print(json.dumps(sys.path[1:]))"
+    code = "import json, sys; print(json.dumps([path for path in sys.path if path]))"
     done = subprocess.run([sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE)
     return json.loads(done.stdout) if done.returncode == 0 else []
 
@@ -103,7 +103,6 @@ def torch_arguments(build):
         extra_compile_args={"cxx": what.cxx_flags, "nvcc": what.nvcc_flags},
         extra_link_args=build.link_flags(ROOT),
         libraries=what.libraries,
-        depends=[str(path) for path in sorted((ROOT / "csrc").rglob("*.*h"))],
     )
     # The Makefile compiles in place, where later edits need only what has changed: an editable
     # install would first compile everything in a temporary folder.
